@@ -1,0 +1,68 @@
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstdint>
+
+#include "modelyard/result.hpp"
+#include "modelyard/types.hpp"
+
+namespace modelyard {
+
+/// Bytes per device.
+///
+/// Invariants: every amount is valid (see Bytes); `mask` has a bit for exactly the devices with a
+/// non-zero amount. Value type. Thread-compatible: concurrent reads are fine, writes need the
+/// owner's protection.
+class Charge {
+ public:
+  Charge() = default;
+
+  /// A charge on one device. `amount` must be valid.
+  Charge(DeviceIndex device, Bytes amount) { set(device, amount); }
+
+  [[nodiscard]] Bytes on(DeviceIndex device) const { return amounts_[position(device)]; }
+
+  /// Replaces the amount on one device. `device` must be below kMaxDevices and `amount` valid.
+  void set(DeviceIndex device, Bytes amount);
+
+  [[nodiscard]] bool empty() const { return mask_ == 0; }
+
+  /// Sum over the devices. May be above kMaxBytes.
+  [[nodiscard]] Bytes total() const;
+
+  /// True if no device beyond the first `device_count` is charged.
+  [[nodiscard]] bool within(std::size_t device_count) const {
+    return (std::uint64_t{mask_} >> device_count) == 0;
+  }
+
+  /// The larger amount of the two on every device.
+  [[nodiscard]] Charge max(const Charge& other) const;
+
+  /// True if this charge has no more than `other` on every device.
+  [[nodiscard]] bool fits_within(const Charge& other) const;
+
+  /// The sum of the two on every device, not above kMaxBytes on any.
+  [[nodiscard]] Charge saturating_plus(const Charge& other) const;
+
+  /// This charge less `other`, not below zero on any device.
+  [[nodiscard]] Charge saturating_minus(const Charge& other) const;
+
+  /// Calls f(DeviceIndex, Bytes) for every device with a non-zero amount, in order.
+  template <typename F>
+  void for_each(F&& f) const {
+    for (std::uint32_t left = mask_; left != 0; left &= left - 1) {
+      const auto device = static_cast<DeviceIndex>(std::countr_zero(left));
+      f(device, amounts_[position(device)]);
+    }
+  }
+
+  friend bool operator==(const Charge&, const Charge&) = default;
+
+ private:
+  std::array<Bytes, kMaxDevices> amounts_{};
+  std::uint32_t mask_{0};
+  static_assert(kMaxDevices <= 32, "the mask has one bit for each device");
+};
+
+}  // namespace modelyard

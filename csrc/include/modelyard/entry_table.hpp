@@ -1,0 +1,89 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "modelyard/charge.hpp"
+#include "modelyard/slot_map.hpp"
+#include "modelyard/types.hpp"
+
+namespace modelyard {
+
+/// Where a model stands.
+///
+///   COLD -> QUEUED -> LOADING -> RESIDENT -> DRAINING -> UNLOADING -> COLD
+///                        |          `--------------------^   (nobody uses it)
+///                        `-> FAILED -> QUEUED                 (after its back-off)
+///
+/// Nothing leads from DRAINING back to RESIDENT: a request that comes too late waits and loads the
+/// model again.
+enum class State : std::uint8_t {
+  kCold,
+  kQueued,
+  kLoading,
+  kResident,
+  kDraining,
+  kUnloading,
+  kFailed,
+};
+
+[[nodiscard]] std::string_view to_string(State state);
+
+/// Why a load failed.
+enum class LoadFailure : std::uint8_t {
+  kTransient,  ///< The same files may load another time.
+  kPermanent,  ///< Somebody has to change something; tried again after the back-off all the same.
+  kCancelled,  ///< It was asked to stop. Not held against the model.
+};
+
+/// A request that waits for a model.
+struct Ticket {
+  EntryIndex entry{0};
+  std::uint64_t sequence{0};  ///< Order of arrival over all tickets.
+  Tick arrival{};
+  Tick deadline{kNever};
+  TicketId previous{};  ///< Neighbours in the model's queue, oldest first; zero at the ends.
+  TicketId next{};
+};
+
+/// One request's right that a resident model stays.
+struct Lease {
+  EntryIndex entry{0};
+};
+
+/// A model as the core sees it.
+struct Entry {
+  std::string label;  ///< What people call it; for explanations only.
+  std::vector<Charge>
+      placements;  ///< What a load may take, one alternative of which is chosen at each load.
+  double reload_seconds{0};  ///< Expected, from measured loads; at first what the caller said.
+
+  State state{State::kCold};
+  std::uint32_t placement{0};  ///< The alternative in use while held is not empty.
+  Charge held;  ///< Reserved while LOADING; really held while RESIDENT, DRAINING or UNLOADING.
+  Charge quarantined;  ///< Did not come back from an earlier unload.
+
+  bool pinned{false};
+  bool removed{false};      ///< Takes no requests; the slot is freed when nothing is held any more.
+  bool leave_after{false};  ///< Asked to leave while LOADING: goes as soon as the load has ended.
+
+  std::uint32_t lease_count{0};  ///< Requests that use it.
+  std::uint32_t waiting_count{0};
+  TicketId oldest{};
+  TicketId newest{};
+
+  std::uint32_t failure_count{0};
+  LoadFailure failure{LoadFailure::kTransient};
+  Tick retry_at{};  ///< Until then requests are refused; meaningful while FAILED.
+
+  std::uint64_t load_count{0};
+  std::uint64_t eviction_count{0};
+};
+
+using EntryTable = SlotMap<Entry, ModelId>;
+using TicketTable = SlotMap<Ticket, TicketId>;
+using LeaseTable = SlotMap<Lease, LeaseId>;
+
+}  // namespace modelyard

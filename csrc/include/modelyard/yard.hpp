@@ -1,0 +1,262 @@
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "modelyard/action.hpp"
+#include "modelyard/charge.hpp"
+#include "modelyard/entry_table.hpp"
+#include "modelyard/explain.hpp"
+#include "modelyard/ledger.hpp"
+#include "modelyard/planner.hpp"
+#include "modelyard/policy.hpp"
+#include "modelyard/result.hpp"
+#include "modelyard/types.hpp"
+
+namespace modelyard {
+
+/// How a yard behaves. Every bound is explicit.
+struct YardOptions {
+  std::vector<Bytes> budgets;  ///< One a device, 1 to kMaxDevices.
+  std::string policy{"gap"};
+  std::uint32_t max_waiting_per_model{1024};
+  std::uint32_t max_waiting{65536};
+  std::uint32_t load_channels_per_device{1};  ///< Loads that may run on a device at once.
+  Duration overdue_after{
+      std::chrono::seconds{30}};  ///< A request this old may make models in use drain.
+  Duration backoff_initial{std::chrono::seconds{1}};
+  Duration backoff_max{std::chrono::seconds{60}};
+  std::uint32_t explain_capacity{4096};
+};
+
+/// A model to be added.
+struct ModelSpec {
+  std::string label;
+  std::vector<Charge> placements;  ///< 1 to 16 alternatives, the preferred one first. Upper bounds
+                                   ///< of what a load takes.
+  double reload_seconds{1};        ///< Until a load has been measured. Above zero, finite.
+};
+
+/// Counters since the yard was made.
+struct YardCounters {
+  std::uint64_t request_count{0};
+  std::uint64_t hit_count{0};
+  std::uint64_t load_count{0};
+  std::uint64_t load_failure_count{0};
+  std::uint64_t eviction_count{0};
+  double load_seconds{0};
+};
+
+/// Counters of one device.
+struct DeviceCounters {
+  std::uint64_t load_count{0};
+  std::uint64_t eviction_count{0};
+};
+
+/// Owns which model is resident where. Events in, actions out; nothing else changes it.
+///
+/// It is told what happened (a request, the end of a load, a new budget) and at what time, and
+/// appends to `out` what is to be done about it (grant, load, unload, refuse). It does no I/O, has
+/// no clock and no threads, and never calls out: the server, the simulator, the fuzzer and the
+/// tests run this very class.
+///
+/// Invariants, checked by audit() and, where MODELYARD_CHECK_INVARIANTS is set, after every event:
+///   I1  The ledger is the sum of the entries, per device and kind.
+///   I2  On every device used <= budget + deficit, and admitting a model never makes or widens a
+///   deficit. I3  A model is unloaded only when nobody holds a lease on it; a lease is granted only
+///   on a RESIDENT model. I4  A RESIDENT model has no waiting tickets: whoever waits is granted
+///   when the load ends. I5  A pinned model never gets Unload or Drain, except when it is removed.
+///   I6  Every ticket ends in exactly one of Grant, Refuse, or a cancel by its owner.
+///   I7  Victims are chosen only as a complete set that makes the waiting model fit; nobody is
+///   unloaded for a model that
+///       then cannot be loaded.
+///   I8  A model that waits is QUEUED (or on its way out, to be QUEUED then) and stands in the
+///   waiting list at the place
+///       of its oldest ticket.
+///
+/// Scheduling. Waiting models are looked at in the order of their oldest ticket. One whose bytes
+/// are free is loaded; one whose bytes are on their way back keeps them to itself; one that needs
+/// victims gets them if the idle models suffice. One that could only get room from models in use
+/// lets younger ones pass, but only until it is overdue (see is_overdue): then the cheapest set is
+/// drained for it, and what becomes free is its own. So a small load is not stuck behind a big one,
+/// a big one is not starved by small ones, and a model in endless use is asked to leave in the end.
+///
+/// Errors: a call with a stale id, or that does not fit the model's state, changes nothing and says
+/// so. Times that run backwards are taken as standing still.
+///
+/// Cost: try_acquire and release of a resident model touch one entry and one lease slot. Everything
+/// else is O(waiting models + residents) at worst. Not thread-safe.
+class Yard {
+ public:
+  /// A yard without models. Fails with kInvalidArgument if an option is out of range or the policy
+  /// unknown.
+  static Result<Yard> create(YardOptions options);
+
+  Yard(Yard&&) = default;
+  Yard& operator=(Yard&&) = default;
+  Yard(const Yard&) = delete;
+  Yard& operator=(const Yard&) = delete;
+  ~Yard() = default;
+
+  // --- Models and devices
+  // -----------------------------------------------------------------------------------------------
+
+  /// Adds a model, cold. A model larger than every budget may be added; its requests are refused
+  /// with kNeverFits.
+  Result<ModelId> add_model(ModelSpec spec);
+  /// Replaces what a model's next loads may take. What it holds now stays as it is.
+  Status update_placements(ModelId model, std::vector<Charge> placements, Tick now, Actions& out);
+  /// Takes a model out. Its waiting tickets are refused (kRemoved), leases run on, its memory comes
+  /// back after them. The id stays good for the events of that (load_done, release, unload_done,
+  /// reclaimed) and for nothing else.
+  Status remove_model(ModelId model, Tick now, Actions& out);
+  /// A pinned model is never a victim. Pinning does not load it.
+  Status pin(ModelId model, Tick now, Actions& out);
+  Status unpin(ModelId model, Tick now, Actions& out);
+  /// Asks a model to leave. Nothing happens to one that holds nothing. kPinned if it is pinned.
+  Status unload(ModelId model, Tick now, Actions& out);
+  /// Changes a budget. Models that no longer fit are drained, idle ones first.
+  Status set_budget(DeviceIndex device, Bytes budget, Tick now, Actions& out);
+  /// While a device is closed nothing is loaded onto it, and what is there drains, pinned models
+  /// excepted.
+  Status set_device_closed(DeviceIndex device, bool closed, Tick now, Actions& out);
+
+  // --- Requests
+  // ---------------------------------------------------------------------------------------------------------
+
+  /// The way of a hit: a lease if the model is RESIDENT, nothing (and no change) if it is not.
+  Result<std::optional<LeaseId>> try_acquire(ModelId model, Tick now);
+  /// Asks for a model, resident or not. The answer to the ticket is a Grant or a Refuse among the
+  /// actions of this or a later call. A deadline that has passed is refused at once.
+  Result<TicketId> request(ModelId model, Tick now, Tick deadline, Actions& out);
+  /// The request behind a ticket is gone. A load that has not begun is dropped with its last
+  /// ticket; one that runs goes on.
+  Status cancel(TicketId ticket, Tick now, Actions& out);
+  /// The request behind a lease has ended.
+  Status release(LeaseId lease, Tick now, Actions& out);
+
+  // --- What became of the actions
+  // ---------------------------------------------------------------------------------------
+
+  /// A load has ended well: the model holds `actual`, and loading took `took`.
+  Status load_done(ModelId model, Tick now, const Charge& actual, Duration took, Actions& out);
+  /// A load has failed and holds nothing any more.
+  Status load_failed(ModelId model, Tick now, LoadFailure failure, Actions& out);
+  /// An unload has ended: `freed` is measurably back. What is missing is quarantined.
+  Status unload_done(ModelId model, Tick now, const Charge& freed, Actions& out);
+  /// Quarantined bytes of a model have come back.
+  Status reclaimed(ModelId model, Tick now, const Charge& bytes, Actions& out);
+  /// A resident or draining model was measured again.
+  Status remeasured(ModelId model, Tick now, const Charge& actual, Actions& out);
+  /// Time has passed.
+  void tick(Tick now, Actions& out);
+
+  // --- Looking
+  // ----------------------------------------------------------------------------------------------------------
+
+  /// The entry of a model, or null if the id is stale. Valid until the next call that changes the
+  /// yard.
+  [[nodiscard]] const Entry* entry(ModelId model) const { return entries_.find(model); }
+  [[nodiscard]] std::size_t model_count() const { return entries_.size(); }
+  [[nodiscard]] std::size_t device_count() const { return ledger_.device_count(); }
+  [[nodiscard]] std::size_t waiting_count() const { return tickets_.size(); }
+  [[nodiscard]] std::size_t lease_count() const { return leases_.size(); }
+  [[nodiscard]] const Account& account(DeviceIndex device) const { return ledger_.account(device); }
+  [[nodiscard]] bool device_closed(DeviceIndex device) const { return closed_[position(device)]; }
+  [[nodiscard]] const DeviceCounters& device_counters(DeviceIndex device) const {
+    return device_counters_[position(device)];
+  }
+  [[nodiscard]] const YardCounters& counters() const { return counters_; }
+  [[nodiscard]] const ExplainLog& explanations() const { return explain_; }
+  [[nodiscard]] std::string_view policy_name() const { return policy_->name(); }
+
+  /// Who would have to leave for the model to be loaded now: the answer the scheduler would act
+  /// upon. Nothing if it needs nobody, or if the idle models do not suffice.
+  [[nodiscard]] std::optional<Plan> plan_for(ModelId model) const;
+
+  /// Checks I1 to I8 against the entries, tickets and leases themselves. The error names the first
+  /// violation.
+  [[nodiscard]] Status audit() const;
+
+ private:
+  // What one scheduling pass has left for the models it has not looked at yet.
+  struct Pass;
+
+  Yard(YardOptions options, std::unique_ptr<Policy> policy);
+
+  // Every event starts with begin and ends with finish.
+  void begin(Tick now, Actions& out);
+  void finish(Actions& out);
+
+  [[nodiscard]] Entry* live(ModelId model);
+  [[nodiscard]] Status check_placements(std::span<const Charge> placements) const;
+  [[nodiscard]] Status check_measured(const Entry& entry, const Charge& actual) const;
+  [[nodiscard]] Entry& entry_at(EntryIndex index) { return *entries_.at(index); }
+  [[nodiscard]] const Entry& entry_at(EntryIndex index) const { return *entries_.at(index); }
+
+  // Tickets and leases.
+  TicketId add_ticket(EntryIndex index, Tick deadline);
+  void unlink_ticket(TicketId id);
+  void drop_ticket(TicketId id);
+  void refuse(TicketId id, Refuse refusal, Actions& out);
+  void refuse_all(EntryIndex index, const Refuse& refusal, Actions& out);
+  LeaseId add_lease(EntryIndex index);
+  void grant_waiting(EntryIndex index, Actions& out);
+  void expire(Actions& out);
+
+  // The list of waiting models. An entry stands in it while stands_in_waiting says so.
+  [[nodiscard]] static bool stands_in_waiting(const Entry& entry);
+  void join_waiting(EntryIndex index);
+  void leave_waiting(EntryIndex index);
+
+  // Transitions.
+  void start_load(EntryIndex index, std::uint32_t placement, Actions& out);
+  void end_load(Entry& entry);
+  void start_drain(EntryIndex index, Actions& out);
+  void start_unload(EntryIndex index, Actions& out);
+  void come_to_rest(EntryIndex index);
+  void drain_closed(Actions& out);
+  void learn_size(EntryIndex index, const Charge& actual);
+
+  // Scheduling.
+  [[nodiscard]] Tick overdue_at(const Entry& entry) const;
+  [[nodiscard]] std::optional<Refuse> impossible(const Entry& entry) const;
+  [[nodiscard]] bool is_closed(const Charge& placement) const;
+  [[nodiscard]] std::vector<Resident> residents(bool with_leased) const;
+  void fill_holders(Refuse& refusal) const;
+  void schedule(Actions& out);
+  void repay_deficits(Pass& pass, Actions& out);
+  void schedule_model(EntryIndex index, Pass& pass, Actions& out);
+  void evict(const Plan& plan, Pass& pass, Actions& out);
+  void wake(Actions& out);
+  void explain(Decision decision, ModelId model, ModelId cause, double score, Bytes bytes);
+
+  YardOptions options_;
+  std::unique_ptr<Policy> policy_;
+  Ledger ledger_;
+  EntryTable entries_;
+  TicketTable tickets_;
+  LeaseTable leases_;
+  ExplainLog explain_;
+  YardCounters counters_;
+  std::vector<DeviceCounters> device_counters_;
+  std::vector<Bytes> budgets_;    // As in the ledger, in the form the planner takes.
+  std::vector<Bytes> pinned_;     // Held by pinned models that are LOADING or RESIDENT, per device.
+  std::vector<Bytes> unloading_;  // Held by models that are UNLOADING, per device.
+  std::vector<std::uint32_t> loading_;  // Loads that run, per device.
+  std::vector<bool> closed_;
+  std::set<std::pair<std::uint64_t, EntryIndex>> waiting_;  // By the sequence of the oldest ticket.
+  std::set<std::pair<Tick, TicketId>> deadlines_;
+  RequestClock request_clock_{0};
+  std::uint64_t next_sequence_{1};
+  Tick now_{};
+  Tick wake_at_{kNever};
+  bool expired_{false};  // Tickets have expired since the last pass.
+};
+
+}  // namespace modelyard

@@ -1,0 +1,163 @@
+#include <string>
+#include <vector>
+
+#include "modelyard/yard.hpp"
+
+// The yard's invariants, recomputed from the entries, tickets and leases. Shares no code with what
+// keeps them.
+
+namespace modelyard {
+namespace {
+
+Error violated(const std::string& text) { return {ErrorCode::kWrongState, text}; }
+
+struct Sums {
+  Bytes reserved, resident, draining, quarantined, pinned, unloading;
+  std::uint32_t loading{0};
+};
+
+bool holds_bytes(State state) {
+  return state == State::kLoading || state == State::kResident || state == State::kDraining ||
+         state == State::kUnloading;
+}
+
+}  // namespace
+
+Status Yard::audit() const {
+  std::vector<Sums> sums(device_count());
+  std::vector<std::uint32_t> leases(entries_.slot_count());
+  std::vector<std::uint32_t> waiting(entries_.slot_count());
+
+  for (std::uint32_t i = 0; i < leases_.slot_count(); ++i) {
+    const Lease* lease = leases_.at(i);
+    if (lease == nullptr) continue;
+    if (lease->entry >= leases.size() || entries_.at(lease->entry) == nullptr) {
+      return violated("I3: a lease names no model");
+    }
+    ++leases[lease->entry];
+  }
+  std::size_t timed = 0;
+  for (std::uint32_t i = 0; i < tickets_.slot_count(); ++i) {
+    const Ticket* ticket = tickets_.at(i);
+    if (ticket == nullptr) continue;
+    if (ticket->entry >= waiting.size() || entries_.at(ticket->entry) == nullptr) {
+      return violated("I6: a ticket names no model");
+    }
+    ++waiting[ticket->entry];
+    if (ticket->deadline == kNever) continue;
+    ++timed;
+    if (!deadlines_.contains({ticket->deadline, tickets_.id_at(i)})) {
+      return violated("I6: a deadline is not watched");
+    }
+  }
+  if (timed != deadlines_.size()) return violated("I6: a deadline of no ticket is watched");
+
+  std::size_t in_waiting = 0;
+  for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
+    const Entry* entry = entries_.at(i);
+    if (entry == nullptr) continue;
+    const std::string who =
+        "model \"" + entry->label + "\" (" + std::string(to_string(entry->state)) + ")";
+    if (entry->lease_count != leases[i]) return violated("I3: leases of " + who);
+    if (entry->waiting_count != waiting[i]) return violated("I6: tickets of " + who);
+    if (entry->lease_count > 0 && entry->state != State::kResident &&
+        entry->state != State::kDraining) {
+      return violated("I3: a lease on " + who);
+    }
+    if (entry->state == State::kDraining && entry->lease_count == 0) {
+      return violated("I3: nobody uses it and it is not unloaded: " + who);
+    }
+    if (entry->state == State::kResident && entry->waiting_count > 0) {
+      return violated("I4: tickets wait for " + who);
+    }
+    if (entry->removed && (entry->waiting_count > 0 || entry->pinned)) {
+      return violated("I6: removed, but waited for or pinned: " + who);
+    }
+    if (!holds_bytes(entry->state) && !entry->held.empty()) {
+      return violated("I1: bytes are held by " + who);
+    }
+    if (entry->state == State::kQueued && entry->waiting_count == 0) {
+      return violated("I8: nobody waits for " + who);
+    }
+    if ((entry->state == State::kCold || entry->state == State::kFailed) &&
+        entry->waiting_count > 0) {
+      return violated("I8: tickets wait for " + who);
+    }
+
+    // The queue, walked from the oldest ticket.
+    std::uint32_t walked = 0;
+    std::uint64_t last = 0;
+    TicketId previous{};
+    for (TicketId id = entry->waiting_count > 0 ? entry->oldest : TicketId{}; id != TicketId{};) {
+      const Ticket* ticket = tickets_.find(id);
+      if (ticket == nullptr || ticket->entry != i || ticket->previous != previous ||
+          ticket->sequence <= last || ++walked > entry->waiting_count) {
+        return violated("I6: the queue of " + who + " is broken");
+      }
+      last = ticket->sequence;
+      previous = id;
+      id = ticket->next;
+    }
+    if (walked != entry->waiting_count) return violated("I6: the queue of " + who + " is short");
+
+    if (stands_in_waiting(*entry)) {
+      ++in_waiting;
+      if (!waiting_.contains({tickets_.find(entry->oldest)->sequence, i})) {
+        return violated("I8: the waiting list lacks " + who);
+      }
+    }
+
+    entry->held.for_each([&](DeviceIndex d, Bytes bytes) {
+      Sums& sum = sums[position(d)];
+      switch (entry->state) {
+        case State::kLoading:
+          sum.reserved += bytes;
+          ++sum.loading;
+          break;
+        case State::kResident:
+          sum.resident += bytes;
+          break;
+        case State::kUnloading:
+          sum.unloading += bytes;
+          [[fallthrough]];
+        case State::kDraining:
+          sum.draining += bytes;
+          break;
+        case State::kCold:
+        case State::kQueued:
+        case State::kFailed:
+          break;
+      }
+      if (entry->pinned && (entry->state == State::kLoading || entry->state == State::kResident)) {
+        sum.pinned += bytes;
+      }
+    });
+    entry->quarantined.for_each(
+        [&](DeviceIndex d, Bytes bytes) { sums[position(d)].quarantined += bytes; });
+  }
+  if (in_waiting != waiting_.size()) return violated("I8: the waiting list has a model too many");
+
+  for (std::size_t i = 0; i < device_count(); ++i) {
+    const Account& account = ledger_.account(static_cast<DeviceIndex>(i));
+    const Sums& sum = sums[i];
+    const std::string where = "device " + std::to_string(i);
+    if (account.reserved != sum.reserved || account.resident != sum.resident ||
+        account.draining != sum.draining || account.quarantined != sum.quarantined) {
+      return violated("I1: the ledger differs from the entries on " + where);
+    }
+    if (pinned_[i] != sum.pinned || unloading_[i] != sum.unloading || loading_[i] != sum.loading) {
+      return violated("I1: a sum over the entries is wrong on " + where);
+    }
+    if (account.budget != budgets_[i]) return violated("I1: two budgets for " + where);
+    if (account.used() > account.budget + account.deficit ||
+        account.deficit != saturating_sub(account.used(), account.budget)) {
+      return violated("I2: over the budget of " + where);
+    }
+    if (loading_[i] > options_.load_channels_per_device) {
+      return violated("I1: more loads than channels on " + where);
+    }
+  }
+  return Done{};
+}
+
+}  // namespace modelyard

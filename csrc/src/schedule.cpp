@@ -1,0 +1,305 @@
+#include <algorithm>
+#include <optional>
+
+#include "modelyard/yard.hpp"
+#include "pass.hpp"
+
+// Who is loaded next, and who leaves for it. The rules are in the comment of class Yard.
+
+namespace modelyard {
+
+// --- Scheduling
+// ---------------------------------------------------------------------------------------------------------
+
+Tick Yard::overdue_at(const Entry& entry) const {
+  const Ticket& oldest = *tickets_.find(entry.oldest);
+  Duration patience = options_.overdue_after;
+  if (oldest.deadline != kNever) {
+    patience = std::min(patience, (oldest.deadline - oldest.arrival) / 2);
+  }
+  return saturating_add(oldest.arrival, patience);
+}
+
+bool Yard::is_closed(const Charge& placement) const {
+  bool closed = false;
+  placement.for_each([&](DeviceIndex d, Bytes) { closed = closed || closed_[position(d)]; });
+  return closed;
+}
+
+std::vector<Resident> Yard::residents(bool with_leased) const {
+  std::vector<Resident> found;
+  found.reserve(entries_.size());
+  for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
+    const Entry* entry = entries_.at(i);
+    if (entry == nullptr || entry->state != State::kResident || entry->pinned) continue;
+    const bool leased = entry->lease_count > 0;
+    if (leased && !with_leased) continue;
+    found.push_back({i, &entry->held, entry->reload_seconds, leased});
+  }
+  return found;
+}
+
+// Why no amount of waiting helps, with the numbers of the placement that comes closest.
+std::optional<Refuse> Yard::impossible(const Entry& entry) const {
+  Refuse best;
+  Bytes least_excess{kMaxBytes};
+  bool found = false;
+  for (const Charge& placement : entry.placements) {
+    Refuse worst;
+    Bytes excess{};
+    placement.for_each([&](DeviceIndex d, Bytes need) {
+      const Account& account = ledger_.account(d);
+      const Bytes kept = pinned_[position(d)] + account.quarantined;
+      const Bytes most = saturating_sub(account.budget, kept);
+      if (need <= most) return;
+      // A device that is too small for good tells more than one that is taken.
+      const bool never = need > account.budget;
+      const bool was_never = worst.reason == RefuseReason::kNeverFits;
+      const bool tells_more = never == was_never ? need - most > excess : never;
+      excess = std::max(excess, need - most);
+      if (!tells_more) return;
+      worst.reason = never ? RefuseReason::kNeverFits : RefuseReason::kBudgetExhausted;
+      worst.device = d;
+      worst.needed = need;
+      worst.free = account.free();
+      worst.budget = account.budget;
+    });
+    if (excess == Bytes{0}) return std::nullopt;
+    // A placement that only pins stand in the way of comes closer than one that can never be.
+    const bool closer =
+        !found || (worst.reason == best.reason ? excess < least_excess
+                                               : worst.reason == RefuseReason::kBudgetExhausted);
+    if (closer) {
+      best = worst;
+      least_excess = excess;
+      found = true;
+    }
+  }
+  fill_holders(best);
+  return best;
+}
+
+void Yard::fill_holders(Refuse& refusal) const {
+  for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
+    const Entry* entry = entries_.at(i);
+    if (entry == nullptr) continue;
+    const Bytes held = entry->held.on(refusal.device);
+    if (held <= refusal.holders.back().bytes) continue;
+    refusal.holders.back() = Holder{entries_.id_at(i), held};
+    for (std::size_t k = refusal.holders.size() - 1; k > 0; --k) {
+      if (refusal.holders[k].bytes <= refusal.holders[k - 1].bytes) break;
+      std::swap(refusal.holders[k], refusal.holders[k - 1]);
+    }
+  }
+}
+
+void Yard::schedule(Actions& out) {
+  if (waiting_.empty() && !ledger_.any_deficit()) return;
+  Pass pass;
+  for (std::size_t i = 0; i < device_count(); ++i) {
+    const Account& account = ledger_.account(static_cast<DeviceIndex>(i));
+    pass.available[i] = account.free();
+    // What is on its way out repays the deficit first.
+    const Bytes leaving = account.draining - unloading_[i];
+    pass.unloading[i] = saturating_sub(unloading_[i], account.deficit);
+    pass.leaving[i] = saturating_sub(leaving, saturating_sub(account.deficit, unloading_[i]));
+    pass.channels[i] = options_.load_channels_per_device -
+                       std::min(options_.load_channels_per_device, loading_[i]);
+  }
+  repay_deficits(pass, out);
+  // schedule_model takes at most its own model out of the list.
+  for (auto next = waiting_.begin(); next != waiting_.end();) {
+    const EntryIndex index = (next++)->second;
+    schedule_model(index, pass, out);
+  }
+}
+
+void Yard::repay_deficits(Pass& pass, Actions& out) {
+  Charge owed;
+  for (std::size_t i = 0; i < device_count(); ++i) {
+    const auto device = static_cast<DeviceIndex>(i);
+    const Account& account = ledger_.account(device);
+    owed.set(device, std::min(saturating_sub(account.deficit, account.draining), Bytes{kMaxBytes}));
+  }
+  if (owed.empty()) return;
+  const std::vector<Resident> all = residents(true);
+  // What nobody can repay (pinned or still loading) must not keep the rest from being repaid.
+  Charge most;
+  owed.for_each([&](DeviceIndex d, Bytes) {
+    Bytes sum{};
+    for (const Resident& resident : all) sum = saturating_add(sum, resident.held->on(d));
+    most.set(d, std::min(sum, owed.on(d)));
+  });
+  if (std::optional<Plan> plan = plan_eviction(all, most, budgets_, *policy_, request_clock_)) {
+    for (const Victim& victim : plan->victims) {
+      const Bytes bytes = entry_at(victim.entry).held.total();
+      explain(victim.leased ? Decision::kDrained : Decision::kEvicted, entries_.id_at(victim.entry),
+              ModelId{}, victim.score, bytes);
+    }
+    evict(*plan, pass, out);
+  }
+}
+
+void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
+  const Entry& entry = entry_at(index);
+  if (entry.state != State::kQueued) return;
+  if (std::optional<Refuse> refusal = impossible(entry)) {
+    refuse_all(index, *refusal, out);
+    return;
+  }
+
+  // 1. Load where it fits now, where most room is left.
+  constexpr auto kNone = static_cast<std::uint32_t>(kMaxPlacements);
+  std::uint32_t chosen = kNone;
+  std::uint32_t soon = kNone;
+  std::uint32_t later = kNone;
+  std::uint32_t open = kNone;
+  for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
+    const Charge& need = entry.placements[p];
+    if (is_closed(need)) continue;
+    if (open == kNone) open = p;
+    switch (pass.reach(need)) {
+      case Pass::Reach::kNow:
+        if (!pass.has_channels(need)) {
+          if (soon == kNone) soon = p;
+        } else if (chosen == kNone ||
+                   pass.room_after(need) > pass.room_after(entry.placements[chosen])) {
+          chosen = p;
+        }
+        break;
+      case Pass::Reach::kSoon:
+        if (soon == kNone) soon = p;
+        break;
+      case Pass::Reach::kLater:
+        if (later == kNone) later = p;
+        break;
+      case Pass::Reach::kNot:
+        break;
+    }
+  }
+  if (chosen != kNone) {
+    const Charge need = entry.placements[chosen];
+    const Status reserved = ledger_.reserve(need);
+    if (!reserved) return;  // Cannot be: what a pass calls available is free in the ledger.
+    pass.claim(need);
+    pass.claim_channels(need);
+    start_load(index, chosen, out);
+    return;
+  }
+
+  // 2. Keep what is on its way, and the turn to load with it.
+  if (soon != kNone) {
+    pass.claim(entry.placements[soon]);
+    pass.claim_channels(entry.placements[soon]);
+    return;
+  }
+  // Requests that run may run for long: the bytes are kept, the channel is not.
+  if (later != kNone) {
+    pass.claim(entry.placements[later]);
+    return;
+  }
+
+  // 3. Make room, where it costs least.
+  const bool overdue = overdue_at(entry) <= now_;
+  std::optional<Plan> best;
+  for (const bool with_leased : {false, true}) {
+    if (with_leased && (best || !overdue)) break;
+    if (!with_leased && !pass.idle_known) {
+      pass.idle = residents(false);
+      pass.idle_known = true;
+    }
+    const std::vector<Resident> candidates = with_leased ? residents(true) : pass.idle;
+    for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
+      const Charge& need = entry.placements[p];
+      if (is_closed(need) || (!with_leased && !pass.has_channels(need))) continue;
+      std::optional<Plan> plan =
+          plan_eviction(candidates, pass.shortfall(need), budgets_, *policy_, request_clock_);
+      if (plan && (!best || plan->cost < best->cost)) {
+        best = std::move(plan);
+        chosen = p;
+      }
+    }
+  }
+  if (best) {
+    const ModelId cause = entries_.id_at(index);
+    for (const Victim& victim : best->victims) {
+      explain(victim.leased ? Decision::kDrained : Decision::kEvicted, entries_.id_at(victim.entry),
+              cause, victim.score, entry_at(victim.entry).held.total());
+    }
+    evict(*best, pass, out);
+    pass.claim(entry.placements[chosen]);
+    const bool at_once = std::none_of(best->victims.begin(), best->victims.end(),
+                                      [](const Victim& victim) { return victim.leased; });
+    if (at_once) pass.claim_channels(entry.placements[chosen]);
+    return;
+  }
+
+  // 4. Nothing can be done for it now. Younger ones may pass, unless it has waited long enough.
+  if (overdue && open != kNone) {
+    pass.claim(entry.placements[open]);
+    pass.claim_channels(entry.placements[open]);
+  }
+}
+
+void Yard::evict(const Plan& plan, Pass& pass, Actions& out) {
+  for (const Victim& victim : plan.victims) {
+    Entry& entry = entry_at(victim.entry);
+    ++entry.eviction_count;
+    ++counters_.eviction_count;
+    auto& kind = victim.leased ? pass.leaving : pass.unloading;
+    entry.held.for_each([&](DeviceIndex d, Bytes b) {
+      kind[position(d)] += b;
+      ++device_counters_[position(d)].eviction_count;
+    });
+    start_drain(victim.entry, out);
+  }
+  pass.idle_known = false;
+}
+
+std::optional<Plan> Yard::plan_for(ModelId model) const {
+  const Entry* entry = entries_.find(model);
+  if (entry == nullptr) return std::nullopt;
+  const std::vector<Resident> idle = residents(false);
+  std::optional<Plan> best;
+  for (const Charge& need : entry->placements) {
+    Charge shortfall;
+    need.for_each([&](DeviceIndex d, Bytes amount) {
+      shortfall.set(d, saturating_sub(amount, ledger_.account(d).free()));
+    });
+    if (shortfall.empty()) return std::nullopt;
+    std::optional<Plan> plan = plan_eviction(idle, shortfall, budgets_, *policy_, request_clock_);
+    if (plan && (!best || plan->cost < best->cost)) best = std::move(plan);
+  }
+  return best;
+}
+
+void Yard::wake(Actions& out) {
+  Tick next = deadlines_.empty() ? kNever : deadlines_.begin()->first;
+  for (const auto& [sequence, index] : waiting_) {
+    const Entry& entry = entry_at(index);
+    if (entry.state != State::kQueued) continue;
+    const Tick overdue = overdue_at(entry);
+    if (overdue > now_) next = std::min(next, overdue);
+  }
+  // An earlier wake-up that is still to come will do: it asks again.
+  if (next >= wake_at_) return;
+  wake_at_ = next;
+  out.push_back(WakeAt{next});
+}
+
+void Yard::explain(Decision decision, ModelId model, ModelId cause, double score, Bytes bytes) {
+  Explanation explanation;
+  explanation.at = now_;
+  explanation.decision = decision;
+  explanation.model = model;
+  explanation.cause = cause;
+  explanation.score = score;
+  explanation.bytes = bytes;
+  const Entry* whose = entries_.find(cause == ModelId{} ? model : cause);
+  if (whose != nullptr && whose->waiting_count > 0) {
+    explanation.waited = now_ - tickets_.find(whose->oldest)->arrival;
+  }
+  explain_.add(explanation);
+}
+
+}  // namespace modelyard

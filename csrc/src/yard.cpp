@@ -1,0 +1,501 @@
+#include "modelyard/yard.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+
+#ifndef MODELYARD_CHECK_INVARIANTS
+#define MODELYARD_CHECK_INVARIANTS 0
+#endif
+
+namespace modelyard {
+namespace {
+
+constexpr double kLoadSecondsAlpha = 0.3;  // Weight of the newest measured load.
+constexpr double kLeastReloadSeconds =
+    1e-6;  // A load is never free, or its model would have no score.
+
+Error stale(const char* what) { return {ErrorCode::kStaleId, std::string(what) + " is not known"}; }
+
+Error wrong_state(const Entry& entry, const char* event) {
+  return {ErrorCode::kWrongState,
+          std::string(event) + " does not fit state " + std::string(to_string(entry.state))};
+}
+
+double seconds(Duration duration) { return std::chrono::duration<double>(duration).count(); }
+
+Duration from_seconds(double value) {
+  // Beyond some 290 years the cast would overflow; nobody waits that long.
+  constexpr double kMost = 9e9;
+  return std::chrono::duration_cast<Duration>(
+      std::chrono::duration<double>(std::clamp(value, 0.0, kMost)));
+}
+
+}  // namespace
+
+// --- Construction
+// -------------------------------------------------------------------------------------------------------
+
+Result<Yard> Yard::create(YardOptions options) {
+  const auto invalid = [](std::string text) {
+    return Error{ErrorCode::kInvalidArgument, std::move(text)};
+  };
+  if (options.budgets.empty() || options.budgets.size() > kMaxDevices) {
+    return invalid("a yard has 1 to " + std::to_string(kMaxDevices) + " devices");
+  }
+  if (!std::all_of(options.budgets.begin(), options.budgets.end(), is_valid)) {
+    return invalid("a budget is negative or above 64 TiB");
+  }
+  if (options.load_channels_per_device == 0) return invalid("a device needs a load channel");
+  if (options.max_waiting == 0 || options.max_waiting_per_model == 0) {
+    return invalid("a queue needs room for one");
+  }
+  if (options.overdue_after <= Duration{0} || options.backoff_initial <= Duration{0} ||
+      options.backoff_max < options.backoff_initial) {
+    return invalid("a waiting time or back-off is out of range");
+  }
+  std::unique_ptr<Policy> policy = make_policy(options.policy);
+  if (policy == nullptr) {
+    std::string text = "no policy \"" + options.policy + "\"; there are:";
+    for (std::string_view name : policy_names()) text.append(" ").append(name);
+    return invalid(std::move(text));
+  }
+  return Yard(std::move(options), std::move(policy));
+}
+
+Yard::Yard(YardOptions options, std::unique_ptr<Policy> policy)
+    : options_(std::move(options)),
+      policy_(std::move(policy)),
+      ledger_(options_.budgets),
+      explain_(options_.explain_capacity),
+      device_counters_(options_.budgets.size()),
+      budgets_(options_.budgets),
+      pinned_(options_.budgets.size()),
+      unloading_(options_.budgets.size()),
+      loading_(options_.budgets.size()),
+      closed_(options_.budgets.size()) {}
+
+// --- Models and devices
+// -------------------------------------------------------------------------------------------------
+
+Result<ModelId> Yard::add_model(ModelSpec spec) {
+  if (Status checked = check_placements(spec.placements); !checked) return checked.error();
+  if (!std::isfinite(spec.reload_seconds) || spec.reload_seconds <= 0) {
+    return Error{ErrorCode::kInvalidArgument, "reload_seconds must be above zero and finite"};
+  }
+  if (entries_.size() >= kMaxModels) return Error{ErrorCode::kCapacity, "too many models"};
+  Entry entry;
+  entry.label = std::move(spec.label);
+  entry.placements = std::move(spec.placements);
+  entry.reload_seconds = std::max(spec.reload_seconds, kLeastReloadSeconds);
+  const ModelId id = entries_.insert(std::move(entry));
+  policy_->on_add(EntryTable::index_of(id));
+  return id;
+}
+
+Status Yard::update_placements(ModelId model, std::vector<Charge> placements, Tick now,
+                               Actions& out) {
+  Entry* entry = live(model);
+  if (entry == nullptr) return stale("the model");
+  if (Status checked = check_placements(placements); !checked) return checked;
+  begin(now, out);
+  entry->placements = std::move(placements);
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+Status Yard::remove_model(ModelId model, Tick now, Actions& out) {
+  Entry* entry = live(model);
+  if (entry == nullptr) return stale("the model");
+  begin(now, out);
+  const EntryIndex index = EntryTable::index_of(model);
+  Refuse refusal;
+  refusal.reason = RefuseReason::kRemoved;
+  refuse_all(index, refusal, out);
+  if (entry->pinned) {
+    entry->pinned = false;
+    if (entry->state == State::kLoading || entry->state == State::kResident) {
+      entry->held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] -= b; });
+    }
+  }
+  entry->removed = true;
+  switch (entry->state) {
+    case State::kLoading:
+      entry->leave_after = true;
+      out.push_back(CancelLoad{model});
+      break;
+    case State::kResident:
+      start_drain(index, out);
+      break;
+    case State::kDraining:
+    case State::kUnloading:
+      break;
+    case State::kCold:
+    case State::kQueued:
+    case State::kFailed:
+      come_to_rest(index);
+      break;
+  }
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+Status Yard::pin(ModelId model, Tick now, Actions& out) {
+  Entry* entry = live(model);
+  if (entry == nullptr) return stale("the model");
+  begin(now, out);
+  if (!entry->pinned) {
+    entry->pinned = true;
+    entry->leave_after = false;
+    if (entry->state == State::kLoading || entry->state == State::kResident) {
+      entry->held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] += b; });
+    }
+    schedule(out);  // Whoever can no longer fit beside it is told now.
+  }
+  finish(out);
+  return Done{};
+}
+
+Status Yard::unpin(ModelId model, Tick now, Actions& out) {
+  Entry* entry = live(model);
+  if (entry == nullptr) return stale("the model");
+  begin(now, out);
+  if (entry->pinned) {
+    entry->pinned = false;
+    if (entry->state == State::kLoading || entry->state == State::kResident) {
+      entry->held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] -= b; });
+    }
+    drain_closed(out);
+    schedule(out);
+  }
+  finish(out);
+  return Done{};
+}
+
+Status Yard::unload(ModelId model, Tick now, Actions& out) {
+  Entry* entry = live(model);
+  if (entry == nullptr) return stale("the model");
+  if (entry->pinned) return Error{ErrorCode::kPinned, "the model is pinned"};
+  begin(now, out);
+  if (entry->state == State::kResident) {
+    start_drain(EntryTable::index_of(model), out);
+  } else if (entry->state == State::kLoading && !entry->leave_after) {
+    entry->leave_after = true;
+    out.push_back(CancelLoad{model});
+  }
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+Status Yard::set_budget(DeviceIndex device, Bytes budget, Tick now, Actions& out) {
+  if (position(device) >= device_count() || !is_valid(budget)) {
+    return Error{ErrorCode::kInvalidArgument, "no such device, or a budget out of range"};
+  }
+  begin(now, out);
+  ledger_.set_budget(device, budget);
+  budgets_[position(device)] = budget;
+  explain(Decision::kBudgetChanged, ModelId{}, ModelId{}, 0, budget);
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+Status Yard::set_device_closed(DeviceIndex device, bool closed, Tick now, Actions& out) {
+  if (position(device) >= device_count()) {
+    return Error{ErrorCode::kInvalidArgument, "no such device"};
+  }
+  begin(now, out);
+  closed_[position(device)] = closed;
+  drain_closed(out);
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+// --- Requests
+// -----------------------------------------------------------------------------------------------------------
+
+Result<std::optional<LeaseId>> Yard::try_acquire(ModelId model, Tick now) {
+  const Entry* entry = live(model);
+  if (entry == nullptr) return stale("the model");
+  now_ = std::max(now_, now);
+  if (entry->state != State::kResident) return std::optional<LeaseId>{};
+  const EntryIndex index = EntryTable::index_of(model);
+  policy_->on_request(index, ++request_clock_);
+  ++counters_.request_count;
+  ++counters_.hit_count;
+  return std::optional<LeaseId>{add_lease(index)};
+}
+
+Result<TicketId> Yard::request(ModelId model, Tick now, Tick deadline, Actions& out) {
+  Entry* entry = live(model);
+  if (entry == nullptr) return stale("the model");
+  begin(now, out);
+  const EntryIndex index = EntryTable::index_of(model);
+  policy_->on_request(index, ++request_clock_);
+  ++counters_.request_count;
+
+  const bool full = tickets_.size() >= options_.max_waiting ||
+                    entry->waiting_count >= options_.max_waiting_per_model;
+  const bool first = entry->waiting_count == 0;
+  const TicketId ticket = add_ticket(index, deadline);
+
+  Refuse refusal;
+  if (deadline <= now_) {
+    refusal.reason = entry->state == State::kLoading ? RefuseReason::kDeadlineInLoad
+                                                     : RefuseReason::kDeadlineInQueue;
+    refuse(ticket, refusal, out);
+  } else if (entry->state == State::kResident) {
+    ++counters_.hit_count;
+    drop_ticket(ticket);
+    out.push_back(Grant{ticket, add_lease(index)});
+  } else if (full) {
+    refusal.reason = RefuseReason::kQueueFull;
+    refusal.retry_after = from_seconds(entry->reload_seconds);
+    refuse(ticket, refusal, out);
+  } else if (entry->state == State::kFailed && now_ < entry->retry_at) {
+    refusal.reason = RefuseReason::kLoadFailed;
+    refusal.failure = entry->failure;
+    refusal.retry_after = entry->retry_at - now_;
+    refuse(ticket, refusal, out);
+  } else if (std::optional<Refuse> never = impossible(*entry)) {
+    refuse(ticket, *never, out);
+  } else {
+    if (entry->state == State::kCold || entry->state == State::kFailed) {
+      entry->state = State::kQueued;
+    }
+    if (first) join_waiting(index);
+    if (entry->state == State::kQueued) schedule(out);
+  }
+  finish(out);
+  return ticket;
+}
+
+Status Yard::cancel(TicketId ticket, Tick now, Actions& out) {
+  if (tickets_.find(ticket) == nullptr) return stale("the ticket");
+  begin(now, out);
+  // Its deadline may have passed just now: then it has been refused, and there is nothing left to
+  // cancel.
+  if (tickets_.find(ticket) != nullptr) {
+    drop_ticket(ticket);
+    schedule(out);
+  }
+  finish(out);
+  return Done{};
+}
+
+Status Yard::release(LeaseId lease, Tick now, Actions& out) {
+  const Lease* held = leases_.find(lease);
+  if (held == nullptr) return stale("the lease");
+  const EntryIndex index = held->entry;
+  Entry& entry = entry_at(index);
+  leases_.erase(lease);
+  --entry.lease_count;
+  if (entry.lease_count > 0) return Done{};
+  if (entry.state != State::kDraining && waiting_.empty() && !ledger_.any_deficit()) {
+    return Done{};
+  }
+  begin(now, out);
+  if (entry.state == State::kDraining) start_unload(index, out);
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+// --- What became of the actions
+// -----------------------------------------------------------------------------------------
+
+Status Yard::load_done(ModelId model, Tick now, const Charge& actual, Duration took, Actions& out) {
+  Entry* entry = entries_.find(model);
+  if (entry == nullptr) return stale("the model");
+  if (entry->state != State::kLoading) return wrong_state(*entry, "load_done");
+  if (Status checked = check_measured(*entry, actual); !checked) return checked;
+  begin(now, out);
+  const EntryIndex index = EntryTable::index_of(model);
+  learn_size(index, actual);
+  end_load(*entry);
+  ledger_.commit(entry->held, actual);
+  entry->held = actual;
+  if (entry->pinned) {
+    actual.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] += b; });
+  }
+  entry->state = State::kResident;
+  entry->failure_count = 0;
+
+  const double measured = std::max(seconds(took), kLeastReloadSeconds);
+  entry->reload_seconds = entry->load_count == 0 ? measured
+                                                 : (1 - kLoadSecondsAlpha) * entry->reload_seconds +
+                                                       kLoadSecondsAlpha * measured;
+  ++entry->load_count;
+  ++counters_.load_count;
+  counters_.load_seconds += measured;
+  actual.for_each([&](DeviceIndex d, Bytes) { ++device_counters_[position(d)].load_count; });
+  explain(Decision::kLoadDone, model, ModelId{}, measured, actual.total());
+
+  grant_waiting(index, out);
+  if (entry->removed || entry->leave_after) {
+    entry->leave_after = false;
+    start_drain(index, out);
+  }
+  drain_closed(out);
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+Status Yard::load_failed(ModelId model, Tick now, LoadFailure failure, Actions& out) {
+  Entry* entry = entries_.find(model);
+  if (entry == nullptr) return stale("the model");
+  if (entry->state != State::kLoading) return wrong_state(*entry, "load_failed");
+  begin(now, out);
+  const EntryIndex index = EntryTable::index_of(model);
+  end_load(*entry);
+  ledger_.cancel_reservation(entry->held);
+  explain(Decision::kLoadFailed, model, ModelId{}, 0, entry->held.total());
+  entry->held = Charge{};
+  entry->leave_after = false;
+  if (failure == LoadFailure::kCancelled) {
+    come_to_rest(index);
+  } else {
+    ++counters_.load_failure_count;
+    ++entry->failure_count;
+    entry->failure = failure;
+    Duration wait = options_.backoff_initial;
+    for (std::uint32_t i = 1; i < entry->failure_count && wait < options_.backoff_max; ++i) {
+      wait = wait > options_.backoff_max / 2 ? options_.backoff_max : wait * 2;
+    }
+    entry->retry_at = saturating_add(now_, wait);
+    Refuse refusal;
+    refusal.reason = RefuseReason::kLoadFailed;
+    refusal.failure = failure;
+    refusal.retry_after = wait;
+    refuse_all(index, refusal, out);
+    entry->state = State::kFailed;
+    if (entry->removed) come_to_rest(index);
+  }
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+Status Yard::unload_done(ModelId model, Tick now, const Charge& freed, Actions& out) {
+  Entry* entry = entries_.find(model);
+  if (entry == nullptr) return stale("the model");
+  if (entry->state != State::kUnloading) return wrong_state(*entry, "unload_done");
+  if (!freed.fits_within(entry->held)) {
+    return Error{ErrorCode::kInvalidArgument, "more bytes came back than were held"};
+  }
+  begin(now, out);
+  const EntryIndex index = EntryTable::index_of(model);
+  ledger_.finish_drain(entry->held, freed);
+  entry->held.for_each([&](DeviceIndex d, Bytes b) { unloading_[position(d)] -= b; });
+  const Charge missing = entry->held.saturating_minus(freed);
+  entry->quarantined = entry->quarantined.saturating_plus(missing);
+  entry->held = Charge{};
+  explain(Decision::kUnloaded, model, ModelId{}, 0, freed.total());
+  if (!missing.empty()) {
+    explain(Decision::kQuarantined, model, ModelId{}, 0, missing.total());
+  }
+  come_to_rest(index);
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+Status Yard::reclaimed(ModelId model, Tick now, const Charge& bytes, Actions& out) {
+  Entry* entry = entries_.find(model);
+  if (entry == nullptr) return stale("the model");
+  if (!bytes.fits_within(entry->quarantined)) {
+    return Error{ErrorCode::kInvalidArgument, "more bytes came back than were quarantined"};
+  }
+  begin(now, out);
+  ledger_.reclaim(bytes);
+  entry->quarantined = entry->quarantined.saturating_minus(bytes);
+  if (entry->removed && entry->held.empty()) come_to_rest(EntryTable::index_of(model));
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+Status Yard::remeasured(ModelId model, Tick now, const Charge& actual, Actions& out) {
+  Entry* entry = entries_.find(model);
+  if (entry == nullptr) return stale("the model");
+  const bool leaving = entry->state == State::kDraining;
+  if (entry->state != State::kResident && !leaving) return wrong_state(*entry, "remeasured");
+  if (Status checked = check_measured(*entry, actual); !checked) return checked;
+  begin(now, out);
+  learn_size(EntryTable::index_of(model), actual);
+  ledger_.remeasure(entry->held, actual, leaving);
+  if (entry->pinned && !leaving) {
+    entry->held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] -= b; });
+    actual.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] += b; });
+  }
+  entry->held = actual;
+  drain_closed(out);
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+void Yard::tick(Tick now, Actions& out) {
+  begin(now, out);
+  schedule(out);
+  finish(out);
+}
+
+// --- Beginning and end of every event
+// -----------------------------------------------------------------------------------
+
+void Yard::begin(Tick now, Actions& out) {
+  now_ = std::max(now_, now);
+  if (wake_at_ <= now_) wake_at_ = kNever;
+  expire(out);
+}
+
+void Yard::finish(Actions& out) {
+  // What an expired request kept for its model is there for others now.
+  if (expired_) {
+    expired_ = false;
+    schedule(out);
+  }
+  wake(out);
+#if MODELYARD_CHECK_INVARIANTS
+  if (Status audited = audit(); !audited) {
+    std::fprintf(stderr, "modelyard: invariant violated: %s\n", audited.error().message.c_str());
+    std::abort();
+  }
+#endif
+}
+
+Entry* Yard::live(ModelId model) {
+  Entry* entry = entries_.find(model);
+  return entry == nullptr || entry->removed ? nullptr : entry;
+}
+
+Status Yard::check_placements(std::span<const Charge> placements) const {
+  if (placements.empty() || placements.size() > kMaxPlacements) {
+    return Error{ErrorCode::kInvalidArgument,
+                 "a model has 1 to " + std::to_string(kMaxPlacements) + " placements"};
+  }
+  for (const Charge& placement : placements) {
+    if (!placement.within(device_count())) {
+      return Error{ErrorCode::kInvalidArgument, "a placement names a device there is not"};
+    }
+  }
+  return Done{};
+}
+
+Status Yard::check_measured(const Entry& entry, const Charge& actual) const {
+  bool valid = actual.within(device_count());
+  actual.for_each([&](DeviceIndex d, Bytes b) {
+    valid = valid && checked_add(b, entry.quarantined.on(d)).has_value();
+  });
+  if (valid) return Done{};
+  return Error{ErrorCode::kInvalidArgument, "a measured charge is out of range"};
+}
+
+}  // namespace modelyard
