@@ -1,0 +1,295 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "modelyard/yard.hpp"
+#include "register.hpp"
+
+// The GIL is held throughout: every call here is shorter than giving it up and taking it back.
+
+namespace modelyard::bindings {
+namespace py = pybind11;
+
+namespace {
+
+ModelId model_id(std::int64_t id) { return static_cast<ModelId>(id); }
+
+DeviceIndex device_index(const Yard& yard, std::int64_t device) {
+  if (device < 0 || device >= static_cast<std::int64_t>(yard.device_count())) {
+    throw py::value_error("no device has position " + std::to_string(device));
+  }
+  return static_cast<DeviceIndex>(device);
+}
+
+std::vector<Charge> to_placements(const py::list& placements) {
+  std::vector<Charge> charges;
+  charges.reserve(placements.size());
+  for (const py::handle placement : placements)
+    charges.push_back(to_charge(placement.cast<py::dict>()));
+  return charges;
+}
+
+Duration nanoseconds_of(double seconds, const char* what) {
+  constexpr double kMost = 9e9;
+  if (!(seconds >= 0) || seconds > kMost) {
+    throw py::value_error(std::string(what) + " must be 0 to 9e9 seconds");
+  }
+  return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
+}
+
+Yard make_yard(const std::vector<std::int64_t>& budgets, const std::string& policy,
+               std::uint32_t max_waiting_per_model, std::uint32_t max_waiting,
+               std::uint32_t loads_per_device, double overdue_after_s, double backoff_initial_s,
+               double backoff_max_s, std::uint32_t explain_capacity) {
+  YardOptions options;
+  for (std::int64_t budget : budgets) options.budgets.push_back(Bytes{budget});
+  options.policy = policy;
+  options.max_waiting_per_model = max_waiting_per_model;
+  options.max_waiting = max_waiting;
+  options.load_channels_per_device = loads_per_device;
+  options.overdue_after = nanoseconds_of(overdue_after_s, "overdue_after_s");
+  options.backoff_initial = nanoseconds_of(backoff_initial_s, "backoff_initial_s");
+  options.backoff_max = nanoseconds_of(backoff_max_s, "backoff_max_s");
+  options.explain_capacity = explain_capacity;
+  return unwrap(Yard::create(std::move(options)));
+}
+
+// Calls an event that appends actions, and translates what comes of it.
+template <typename Event>
+py::object actions_of(Event&& event) {
+  Actions actions;
+  if (Status status = event(actions); !status) raise(status.error());
+  return to_python(actions);
+}
+
+py::dict to_python(const Explanation& e) {
+  const std::string_view decision = to_string(e.decision);
+  py::dict record;
+  record["sequence"] = e.sequence;
+  record["at_ns"] = e.at.time_since_epoch().count();
+  record["decision"] = py::str(decision.data(), decision.size());
+  record["model"] = to_integer(e.model);
+  record["cause"] = to_integer(e.cause);
+  record["score"] = e.score;
+  record["bytes"] = e.bytes.value;
+  record["waited_ns"] = e.waited.count();
+  return record;
+}
+
+}  // namespace
+
+void register_yard(py::module_& module) {
+  py::class_<YardCounters>(module, "Counters", "What the yard has counted since it was made.")
+      .def_readonly("request_count", &YardCounters::request_count)
+      .def_readonly("hit_count", &YardCounters::hit_count)
+      .def_readonly("load_count", &YardCounters::load_count)
+      .def_readonly("load_failure_count", &YardCounters::load_failure_count)
+      .def_readonly("eviction_count", &YardCounters::eviction_count)
+      .def_readonly("load_seconds", &YardCounters::load_seconds);
+
+  py::class_<Yard>(module, "Yard",
+                   "Owns which model is resident where. Times are nanoseconds of the caller's "
+                   "clock; charges are {device position: bytes}. Methods that can have "
+                   "consequences return the actions to carry out, in order, or None.")
+      .def(py::init(&make_yard), py::kw_only(), py::arg("budgets"), py::arg("policy") = "gap",
+           py::arg("max_waiting_per_model") = 1024, py::arg("max_waiting") = 65536,
+           py::arg("loads_per_device") = 1, py::arg("overdue_after_s") = 30.0,
+           py::arg("backoff_initial_s") = 1.0, py::arg("backoff_max_s") = 60.0,
+           py::arg("explain_capacity") = 4096)
+      .def(
+          "add_model",
+          [](Yard& yard, std::string label, const py::list& placements, double reload_seconds) {
+            ModelSpec spec;
+            spec.label = std::move(label);
+            spec.placements = to_placements(placements);
+            spec.reload_seconds = reload_seconds;
+            return to_integer(unwrap(yard.add_model(std::move(spec))));
+          },
+          py::arg("label"), py::arg("placements"), py::arg("reload_seconds"))
+      .def(
+          "update_placements",
+          [](Yard& yard, std::int64_t model, const py::list& placements, std::int64_t now) {
+            return actions_of([&](Actions& out) {
+              return yard.update_placements(model_id(model), to_placements(placements),
+                                            to_tick(now), out);
+            });
+          },
+          py::arg("model"), py::arg("placements"), py::arg("now_ns"))
+      .def(
+          "remove_model",
+          [](Yard& yard, std::int64_t model, std::int64_t now) {
+            return actions_of([&](Actions& out) {
+              return yard.remove_model(model_id(model), to_tick(now), out);
+            });
+          },
+          py::arg("model"), py::arg("now_ns"))
+      .def(
+          "pin",
+          [](Yard& yard, std::int64_t model, std::int64_t now) {
+            return actions_of(
+                [&](Actions& out) { return yard.pin(model_id(model), to_tick(now), out); });
+          },
+          py::arg("model"), py::arg("now_ns"))
+      .def(
+          "unpin",
+          [](Yard& yard, std::int64_t model, std::int64_t now) {
+            return actions_of(
+                [&](Actions& out) { return yard.unpin(model_id(model), to_tick(now), out); });
+          },
+          py::arg("model"), py::arg("now_ns"))
+      .def(
+          "unload",
+          [](Yard& yard, std::int64_t model, std::int64_t now) {
+            return actions_of(
+                [&](Actions& out) { return yard.unload(model_id(model), to_tick(now), out); });
+          },
+          py::arg("model"), py::arg("now_ns"))
+      .def(
+          "set_budget",
+          [](Yard& yard, std::int64_t device, std::int64_t budget, std::int64_t now) {
+            const DeviceIndex index = device_index(yard, device);
+            return actions_of([&](Actions& out) {
+              return yard.set_budget(index, Bytes{budget}, to_tick(now), out);
+            });
+          },
+          py::arg("device"), py::arg("budget"), py::arg("now_ns"))
+      .def(
+          "set_device_closed",
+          [](Yard& yard, std::int64_t device, bool closed, std::int64_t now) {
+            const DeviceIndex index = device_index(yard, device);
+            return actions_of([&](Actions& out) {
+              return yard.set_device_closed(index, closed, to_tick(now), out);
+            });
+          },
+          py::arg("device"), py::arg("closed"), py::arg("now_ns"))
+      .def(
+          "try_acquire",
+          [](Yard& yard, std::int64_t model, std::int64_t now) {
+            const std::optional<LeaseId> lease =
+                unwrap(yard.try_acquire(model_id(model), to_tick(now)));
+            return lease ? to_integer(*lease) : std::int64_t{0};
+          },
+          "A lease, or 0 if the model is not resident.", py::arg("model"), py::arg("now_ns"))
+      .def(
+          "request",
+          [](Yard& yard, std::int64_t model, std::int64_t now, std::int64_t deadline) {
+            Actions actions;
+            const TicketId ticket =
+                unwrap(yard.request(model_id(model), to_tick(now), to_tick(deadline), actions));
+            return py::make_tuple(to_integer(ticket), bindings::to_python(actions));
+          },
+          "The ticket, and the actions, among which its answer may be already.", py::arg("model"),
+          py::arg("now_ns"), py::arg("deadline_ns"))
+      .def(
+          "cancel",
+          [](Yard& yard, std::int64_t ticket, std::int64_t now) {
+            return actions_of([&](Actions& out) {
+              return yard.cancel(static_cast<TicketId>(ticket), to_tick(now), out);
+            });
+          },
+          py::arg("ticket"), py::arg("now_ns"))
+      .def(
+          "release",
+          [](Yard& yard, std::int64_t lease, std::int64_t now) {
+            return actions_of([&](Actions& out) {
+              return yard.release(static_cast<LeaseId>(lease), to_tick(now), out);
+            });
+          },
+          py::arg("lease"), py::arg("now_ns"))
+      .def(
+          "load_done",
+          [](Yard& yard, std::int64_t model, std::int64_t now, const py::dict& actual,
+             double took_s) {
+            const Charge charge = to_charge(actual);
+            const Duration took = nanoseconds_of(took_s, "took_s");
+            return actions_of([&](Actions& out) {
+              return yard.load_done(model_id(model), to_tick(now), charge, took, out);
+            });
+          },
+          py::arg("model"), py::arg("now_ns"), py::arg("actual"), py::arg("took_s"))
+      .def(
+          "load_failed",
+          [](Yard& yard, std::int64_t model, std::int64_t now, LoadFailure failure) {
+            return actions_of([&](Actions& out) {
+              return yard.load_failed(model_id(model), to_tick(now), failure, out);
+            });
+          },
+          py::arg("model"), py::arg("now_ns"), py::arg("failure"))
+      .def(
+          "unload_done",
+          [](Yard& yard, std::int64_t model, std::int64_t now, const py::dict& freed) {
+            const Charge charge = to_charge(freed);
+            return actions_of([&](Actions& out) {
+              return yard.unload_done(model_id(model), to_tick(now), charge, out);
+            });
+          },
+          py::arg("model"), py::arg("now_ns"), py::arg("freed"))
+      .def(
+          "reclaimed",
+          [](Yard& yard, std::int64_t model, std::int64_t now, const py::dict& bytes) {
+            const Charge charge = to_charge(bytes);
+            return actions_of([&](Actions& out) {
+              return yard.reclaimed(model_id(model), to_tick(now), charge, out);
+            });
+          },
+          py::arg("model"), py::arg("now_ns"), py::arg("freed"))
+      .def(
+          "remeasured",
+          [](Yard& yard, std::int64_t model, std::int64_t now, const py::dict& actual) {
+            const Charge charge = to_charge(actual);
+            return actions_of([&](Actions& out) {
+              return yard.remeasured(model_id(model), to_tick(now), charge, out);
+            });
+          },
+          py::arg("model"), py::arg("now_ns"), py::arg("actual"))
+      .def(
+          "tick",
+          [](Yard& yard, std::int64_t now) {
+            Actions actions;
+            yard.tick(to_tick(now), actions);
+            return bindings::to_python(actions);
+          },
+          py::arg("now_ns"))
+      .def(
+          "entry",
+          [](const Yard& yard, std::int64_t model) -> py::object {
+            const Entry* entry = yard.entry(model_id(model));
+            return entry == nullptr ? py::object(py::none()) : py::cast(*entry);
+          },
+          "A copy of the model's entry, or None if the id is stale.", py::arg("model"))
+      .def(
+          "account",
+          [](const Yard& yard, std::int64_t device) {
+            return yard.account(device_index(yard, device));
+          },
+          py::arg("device"))
+      .def(
+          "device_counters",
+          [](const Yard& yard, std::int64_t device) {
+            const DeviceCounters& counters = yard.device_counters(device_index(yard, device));
+            return py::make_tuple(counters.load_count, counters.eviction_count);
+          },
+          "(loads, evictions) of the device.", py::arg("device"))
+      .def(
+          "explanations",
+          [](const Yard& yard) {
+            py::list records;
+            for (const Explanation& e : yard.explanations().entries()) records.append(to_python(e));
+            return records;
+          },
+          "The last decisions, oldest first.")
+      .def(
+          "audit",
+          [](const Yard& yard) {
+            if (Status status = yard.audit(); !status) raise(status.error());
+          },
+          "WrongStateError, with the first violation, unless every invariant holds.")
+      .def_property_readonly("counters", [](const Yard& yard) { return yard.counters(); })
+      .def_property_readonly("policy",
+                             [](const Yard& yard) { return std::string(yard.policy_name()); })
+      .def_property_readonly("model_count", &Yard::model_count)
+      .def_property_readonly("device_count", &Yard::device_count)
+      .def_property_readonly("waiting_count", &Yard::waiting_count)
+      .def_property_readonly("lease_count", &Yard::lease_count);
+}
+
+}  // namespace modelyard::bindings
