@@ -1,0 +1,65 @@
+"""The configuration that the documentation and the command line show."""
+
+from __future__ import annotations
+
+__all__ = ["default_config_text"]
+
+
+def default_config_text() -> str:
+    """Return a commented configuration with every setting at its default.
+
+    It can be read from any folder, because its one root is the folder it lies in. Serving its
+    model needs the files of one in the folder ``sentiment`` beside it.
+    """
+    return _EXAMPLE
+
+
+_EXAMPLE = """\
+# modelyard, with every setting. What has a default is shown with it and may be left out.
+# Sizes: bytes (300000000) or text with a unit ("300MB" = 10^6 bytes, "300MiB" = 2^20 bytes).
+
+[server]
+listen = "127.0.0.1:8470"        # host:port; port 0 lets the system choose
+insecure_non_loopback = false    # there is no TLS yet: true lets other machines in unprotected
+default_deadline_s = 30          # for requests that bring no deadline
+max_deadline_s = 300             # longer deadlines are shortened to this
+max_message_bytes = "16MiB"      # largest request
+shutdown_grace_s = 10            # for running requests after SIGTERM
+log_level = "info"               # debug, info, warning or error
+
+[yard]
+policy = "gap"                   # what stays is decided by its cost of coming back; or "lru"
+max_waiting_per_model = 1024     # requests; one more is refused with QUEUE_FULL
+max_waiting = 65536              # the same for all models together
+overdue_after_s = 30             # who waits longer may make models in use give way
+backoff_initial_s = 1            # rest after a failed load, doubled with each failure
+backoff_max_s = 60
+loads_per_device = 1             # loads at once
+explain_capacity = 4096          # decisions remembered
+
+[[devices]]                      # one block for each device, at most 16
+device = "cpu"                   # cpu, cuda:0, xpu:0, mps
+budget = "50%"                   # of what the device has; or a size such as "300MB"
+logical = false                  # true: a pool of host memory that stands for the device
+threads = 1                      # of one batch that runs on it
+
+[roots]                          # folders below which models may be; nothing else is ever opened
+store = "."                      # this file's folder; absolute, or relative to this file
+
+[runtimes.torch]
+allowed_factories = []           # what may build modules, e.g. ["my_package.nets:make_net"]
+
+[models.sentiment]               # its id, which is a key, too
+keys = ["acme/sentiment"]        # further keys
+runtime = "transformers"         # or "torch", "identity"
+task = "text-classification"     # transformers only
+root = "store"
+folder = "sentiment"             # below the root
+device = "cpu"                   # leave it out and the server chooses at each load
+pinned = false                   # true: loaded at the start, never evicted
+
+[models.sentiment.options]       # what the runtime is told
+
+[models.echo]                    # answers with its input; needs no weights
+runtime = "identity"
+"""

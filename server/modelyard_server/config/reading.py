@@ -1,0 +1,294 @@
+"""From the text of a configuration file to its values, or to everything that is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, Final
+
+from modelyard_server.config.lines import LineIndex
+from modelyard_server.config.placement import is_haystack_shape
+from modelyard_server.config.problems import ConfigError, KeyPath, Problem, key_text, quoted
+from modelyard_server.config.rules import (
+    Finding,
+    RuleError,
+    factories,
+    identifier,
+    kind,
+)
+from modelyard_server.config.values import (
+    Config,
+    DeviceConfig,
+    ModelConfig,
+    Section,
+    ServerConfig,
+    YardConfig,
+    plan_conflicts,
+    rule_of,
+    settings,
+)
+
+__all__ = ["MAX_CONFIG_BYTES", "load_config", "parse_config"]
+
+MAX_CONFIG_BYTES: Final = 16 * 1024**2
+"""Largest configuration file; room for tens of thousands of models."""
+
+_SECTIONS: Final = ("server", "yard", "devices", "roots", "runtimes", "models")
+_AT_LINE: Final = re.compile(r" \(at (?:line ([0-9]+), column [0-9]+|end of document)\)$")
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_LONGEST_TYPO: Final = 64
+_LONG_NUMBER: Final = re.compile(r"[0-9][0-9_]{4000,}")
+
+
+def load_config(path: Path) -> Config:
+    """Read a configuration file.
+
+    Args:
+        path: a TOML file in UTF-8. Relative roots are relative to its folder.
+
+    Raises:
+        ConfigError: it cannot be read, is no TOML, or says something that cannot be. The error
+            holds all problems at once and the file's name.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+    except (OSError, ValueError) as error:
+        # ValueError for a name that holds a NUL. strerror alone: the file is named by the problem.
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise _file_error(f"cannot be read: {reason or error}", source=path) from error
+    if len(content) > MAX_CONFIG_BYTES:
+        raise _file_error(f"is larger than {MAX_CONFIG_BYTES} bytes: split it", source=path)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _file_error("is not UTF-8 text: save it as such", line, source=path) from error
+    try:
+        return parse_config(text, base=path.absolute().parent)
+    except ConfigError as error:
+        raise ConfigError(error.problems, source=path) from error
+
+
+def parse_config(text: str, *, base: Path) -> Config:
+    """Read the text of a configuration file.
+
+    Args:
+        text: TOML.
+        base: folder that relative roots are relative to.
+
+    Raises:
+        ConfigError: the text is no TOML, or says something that cannot be. The error holds all
+            problems at once; of a text that is no TOML, the first.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _syntax_error(error, text) from error
+    except RecursionError as error:
+        raise _file_error("is no usable TOML: values are nested too deeply") from error
+    except ValueError as error:
+        # The parser lets int() speak for itself, which refuses thousands of digits.
+        found = _LONG_NUMBER.search(text)
+        line = text.count("\n", 0, found.start()) + 1 if found else 1
+        raise _file_error(f"is no usable TOML: {error}", line) from error
+    return _Reader(document, LineIndex.of(text), base).config()
+
+
+def _file_error(text: str, line: int = 1, *, source: Path | None = None) -> ConfigError:
+    return ConfigError([Problem(key="", line=line, text=text)], source=source)
+
+
+def _syntax_error(error: tomllib.TOMLDecodeError, text: str) -> ConfigError:
+    message = str(error)
+    place = _AT_LINE.search(message)
+    if place is None:
+        return _file_error(f"is no valid TOML: {message}")
+    # "End of document" is the last line that has something on it.
+    line = int(place[1]) if place[1] else text.rstrip().count("\n") + 1
+    return _file_error(f"is no valid TOML: {message[: place.start()]}", line)
+
+
+class _Reader:
+    """Reads one document, collecting problems."""
+
+    def __init__(self, document: Mapping[str, Any], lines: LineIndex, base: Path) -> None:
+        self._document = document
+        self._lines = lines
+        self._base = base
+        self._problems: list[Problem] = []
+
+    def config(self) -> Config:
+        """Return the configuration, or raise ``ConfigError`` with all problems."""
+        self._refuse_unknown((), self._document, _SECTIONS)
+        server = self._section(ServerConfig, ("server",), self._table(("server",)))
+        yard = self._section(YardConfig, ("yard",), self._table(("yard",)))
+        devices = self._devices()
+        root_tables = self._table(("roots",))
+        roots = self._roots(root_tables)
+        allowed = self._allowed_factories()
+        models = self._models()
+        # Roots count by name: one whose folder is wrong has been reported, and is declared.
+        for path, text in plan_conflicts(devices or (), frozenset(root_tables), models):
+            # Where [[devices]] is no array of tables, that alone is worth a report.
+            if devices is not None or path != ("devices",):
+                self._report(self._as_written(path), text)
+        if self._problems:
+            raise ConfigError(self._problems)
+        return Config(
+            server=ServerConfig(**server),
+            yard=YardConfig(**yard),
+            devices=tuple(DeviceConfig(**given) for given in devices or ()),
+            roots=roots,
+            models=tuple(ModelConfig(**given) for given in models.values()),
+            allowed_factories=allowed,
+        )
+
+    def _devices(self) -> list[dict[str, Any]] | None:
+        """Read the devices; None if they are no array of tables."""
+        value = self._document.get("devices", [])
+        if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+            self._report(("devices",), "must be an array of tables: write [[devices]] above each")
+            return None
+        return [
+            self._section(DeviceConfig, ("devices", index), table)
+            for index, table in enumerate(value)
+        ]
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        models: dict[str, dict[str, Any]] = {}
+        for model_id, value in self._table(("models",)).items():
+            path = ("models", model_id)
+            if isinstance(value, dict):
+                models[model_id] = self._section(ModelConfig, path, value, id=model_id)
+            else:
+                self._report(path, _no_table(path, value))
+        return models
+
+    def _roots(self, table: Mapping[str, Any]) -> dict[str, Path]:
+        roots: dict[str, Path] = {}
+        for name, value in table.items():
+            try:
+                roots[identifier(name)] = _existing_folder(self._base, value)
+            except RuleError as error:
+                self._report_all(("roots", name), error.findings)
+        return roots
+
+    def _allowed_factories(self) -> frozenset[str]:
+        runtimes = self._table(("runtimes",))
+        self._refuse_unknown(("runtimes",), runtimes, ("torch",))
+        path = ("runtimes", "torch")
+        torch = self._table(path)
+        self._refuse_unknown(path, torch, ("allowed_factories",))
+        try:
+            return frozenset(factories(torch.get("allowed_factories", [])))
+        except RuleError as error:
+            self._report_all((*path, "allowed_factories"), error.findings)
+            return frozenset()
+
+    def _section(
+        self, section: type[Section], path: KeyPath, table: Mapping[str, Any], **named: str
+    ) -> dict[str, Any]:
+        """Read the fields of a section.
+
+        Args:
+            section: what is read.
+            path: where.
+            table: its settings.
+            named: fields that the name of the table gives, not a setting.
+
+        Returns:
+            For each field that is right its value, the default where it is not set.
+        """
+        self._refuse_unknown(
+            path, table, [each.name for each in settings(section) if each.name not in named]
+        )
+        given: dict[str, Any] = {}
+        for setting in settings(section):
+            name = setting.name
+            where = path if name in named else (*path, name)
+            if name in named or name in table:
+                try:
+                    given[name] = rule_of(setting)(named.get(name, table.get(name)))
+                except RuleError as error:
+                    self._report_all(where, error.findings)
+                    if error.usable is not None:
+                        given[name] = error.usable
+            elif setting.default is not MISSING:
+                given[name] = setting.default
+            elif setting.default_factory is not MISSING:
+                given[name] = setting.default_factory()
+            else:
+                self._report(where, "is missing, and has no default")
+        self._report_all(path, section.conflicts(given))
+        return given
+
+    def _table(self, path: tuple[str, ...]) -> Mapping[str, Any]:
+        """Return a table of the document, an empty one where there is none."""
+        table: Any = self._document
+        for part in path:
+            table = table.get(part, {}) if isinstance(table, dict) else {}
+        if isinstance(table, dict):
+            return table
+        self._report(path, _no_table(path, table))
+        return {}
+
+    def _as_written(self, path: KeyPath) -> KeyPath:
+        """Return where the file has a part of a device map: Haystack's table is one deeper."""
+        match path:
+            case ("models", str() as model_id, "device", part):
+                written = self._document["models"][model_id]["device"]
+                if is_haystack_shape(written):
+                    return ("models", model_id, "device", "device_map", part)
+        return path
+
+    def _refuse_unknown(
+        self, path: KeyPath, table: Mapping[str, Any], known: Iterable[str]
+    ) -> None:
+        names = list(known)
+        for key in table:
+            if key in names:
+                continue
+            near = difflib.get_close_matches(key[:_LONGEST_TYPO], names, n=1)
+            advice = f'did you mean "{near[0]}"?' if near else f"known here: {', '.join(names)}"
+            self._report((*path, key), f"unknown field; {advice}")
+
+    def _report_all(self, path: KeyPath, findings: Iterable[Finding]) -> None:
+        for inner, text in findings:
+            self._report((*path, *inner), text)
+
+    def _report(self, path: KeyPath, text: str) -> None:
+        line = self._lines.line_of(path)
+        self._problems.append(Problem(key=key_text(path), line=line, text=text))
+
+
+def _no_table(path: KeyPath, value: object) -> str:
+    return f"must be a table, got {kind(value)}: write [{key_text(path)}]"
+
+
+def _existing_folder(base: Path, value: object) -> Path:
+    """Return the absolute, resolved folder that a root names. Raises ``RuleError``."""
+    if not isinstance(value, str):
+        raise RuleError(f"must be the path of a folder, got {kind(value)}")
+    if _URL.match(value):
+        raise RuleError(f"must be a local folder, not a URL: {quoted(value)}")
+    if not value or not value.isprintable():
+        raise RuleError("must be the path of a folder, without control characters")
+    if value.startswith("~"):
+        raise RuleError('"~" is not expanded: write the whole path')
+    try:
+        folder = (base / value).resolve(strict=True)
+        is_folder = folder.is_dir()
+    except FileNotFoundError as error:
+        raise RuleError(f"{quoted(value)} does not exist: create the folder") from error
+    except (OSError, RuntimeError) as error:
+        # RuntimeError for symbolic links that lead to each other.
+        reason = error.strerror if isinstance(error, OSError) else "symbolic links form a loop"
+        raise RuleError(f"{quoted(value)} cannot be opened: {reason}") from error
+    if not is_folder:
+        raise RuleError(f"{quoted(value)} is not a folder")
+    return folder

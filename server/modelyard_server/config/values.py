@@ -1,0 +1,416 @@
+"""The values of a configuration: what every part of the server is told by its operator.
+
+A field is a setting of the same name, its default is the setting's default, and its ``rule`` says
+what it may be, so that this file, the reader and the documentation cannot drift apart. Values are
+immutable, checked when made, and may be shared between threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, Protocol, cast
+
+from modelyard.devices import ComponentDevice, Device, DeviceType
+from modelyard_server.config import addresses, placement, rules
+from modelyard_server.config.budget import Budget
+from modelyard_server.config.problems import KeyPath, key_text, quoted
+from modelyard_server.config.rules import Finding, Rule, RuleError
+
+__all__ = [
+    "MAX_DEVICES",
+    "TASKS",
+    "Config",
+    "DeviceConfig",
+    "ModelConfig",
+    "Section",
+    "ServerConfig",
+    "YardConfig",
+    "plan_conflicts",
+    "rule_of",
+    "settings",
+]
+
+MAX_DEVICES: Final = 16
+"""Most devices of a yard; the core's own limit."""
+
+TASKS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "transformers": (
+            "feature-extraction",
+            "text-classification",
+            "fill-mask",
+            "text-generation",
+            "image-classification",
+        ),
+        "torch": (),
+        "identity": (),
+    }
+)
+"""The runtimes and the tasks of each. A runtime without tasks does one thing."""
+
+_WEIGHTLESS: Final = frozenset({"identity"})
+_RULE: Final = "rule"
+_DAY_S: Final = 86400
+
+
+def _ruled(rule: Rule) -> Mapping[str, Rule]:
+    return {_RULE: rule}
+
+
+class Section(Protocol):
+    """A part of the configuration that is read field by field."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
+        """Yield what is wrong between settings that are each right.
+
+        Args:
+            given: the fields that passed their rules, by name; others are absent.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """How the server is reached and how long it waits: ``[server]``.
+
+    Raises:
+        ValueError: a field breaks its rule, or two contradict each other.
+    """
+
+    listen: str = field(default="127.0.0.1:8470", metadata=_ruled(addresses.listen_address))
+    """``host:port`` of the listener; port 0 lets the system choose one."""
+    insecure_non_loopback: bool = field(default=False, metadata=_ruled(rules.boolean))
+    """Whether ``listen`` may be reachable from other machines, without encryption or identity."""
+    default_deadline_s: float = field(default=30.0, metadata=_ruled(rules.seconds(0.001, _DAY_S)))
+    """Deadline of a request that brings none, in seconds."""
+    max_deadline_s: float = field(default=300.0, metadata=_ruled(rules.seconds(0.001, _DAY_S)))
+    """Longest deadline a request can have, in seconds; longer ones are shortened to it."""
+    max_message_bytes: int = field(
+        default=16 * 1024**2, metadata=_ruled(rules.size(64 * 1024, 2**31 - 1))
+    )
+    """Largest request message, in bytes."""
+    shutdown_grace_s: float = field(default=10.0, metadata=_ruled(rules.seconds(0, 3600)))
+    """How long running requests may go on after SIGTERM, in seconds."""
+    log_level: str = field(
+        default="info", metadata=_ruled(rules.one_of("debug", "info", "warning", "error"))
+    )
+    """The least level that is logged."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def host(self) -> str:
+        """Host of ``listen``, an IPv6 address without its brackets."""
+        return addresses.split_listen_address(self.listen)[0]
+
+    @property
+    def port(self) -> int:
+        """Port of ``listen``."""
+        return addresses.split_listen_address(self.listen)[1]
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
+        """See ``Section``."""
+        if {"listen", "insecure_non_loopback"} <= given.keys():
+            host, _ = addresses.split_listen_address(given["listen"])
+            if not given["insecure_non_loopback"] and not addresses.is_loopback(host):
+                yield (
+                    ("listen",),
+                    f"{quoted(host)} may be reached from other machines, and there is no TLS yet: "
+                    "listen on 127.0.0.1 behind a proxy that does TLS, or set "
+                    "insecure_non_loopback = true if the network is closed",
+                )
+        yield from _ascending(given, "default_deadline_s", "max_deadline_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YardConfig:
+    """How the yard decides what stays resident and who waits: ``[yard]``.
+
+    Raises:
+        ValueError: a field breaks its rule, or two contradict each other.
+    """
+
+    policy: str = field(default="gap", metadata=_ruled(rules.one_of("gap", "lru")))
+    """How victims are chosen."""
+    max_waiting_per_model: int = field(default=1024, metadata=_ruled(rules.integer(1, 1_000_000)))
+    """Most requests that wait for one model."""
+    max_waiting: int = field(default=65536, metadata=_ruled(rules.integer(1, 10_000_000)))
+    """Most requests that wait altogether."""
+    overdue_after_s: float = field(default=30.0, metadata=_ruled(rules.seconds(0.001, _DAY_S)))
+    """A request that has waited this long may make models in use give way, in seconds."""
+    backoff_initial_s: float = field(default=1.0, metadata=_ruled(rules.seconds(0.001, _DAY_S)))
+    """How long a model rests after its first failed load, in seconds; doubles with each failure."""
+    backoff_max_s: float = field(default=60.0, metadata=_ruled(rules.seconds(0.001, _DAY_S)))
+    """Longest such rest, in seconds."""
+    loads_per_device: int = field(default=1, metadata=_ruled(rules.integer(1, 64)))
+    """Loads that may run on one device at once."""
+    explain_capacity: int = field(default=4096, metadata=_ruled(rules.integer(1, 1_048_576)))
+    """Decisions that are remembered for explanations."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
+        """See ``Section``."""
+        yield from _ascending(given, "backoff_initial_s", "backoff_max_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceConfig:
+    """A device that models may live on: one element of ``[[devices]]``.
+
+    Raises:
+        ValueError: a field breaks its rule, or two contradict each other.
+    """
+
+    device: Device = field(metadata=_ruled(placement.device))
+    """The device, in the form that names a place (``cuda:0``, not ``cuda``; ``cpu``)."""
+    budget: Budget = field(metadata=_ruled(rules.budget))
+    """Most that models may hold on it."""
+    logical: bool = field(default=False, metadata=_ruled(rules.boolean))
+    """Whether this is a pool of host memory that stands for the device."""
+    threads: int = field(default=1, metadata=_ruled(rules.integer(1, 1024)))
+    """Intra-op threads of its lane."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
+        """See ``Section``."""
+        device = given.get("device")
+        if device is None or given.get("logical", True):
+            return
+        if device.type is DeviceType.CPU and device.id is not None:
+            yield (
+                ("device",),
+                f"{device} is no device of its own, because host memory is one: "
+                'write "cpu", or set logical = true to make it a pool',
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A model and the keys that mean it: ``[models.ID]``.
+
+    Raises:
+        ValueError: a field breaks its rule, or two contradict each other.
+    """
+
+    id: str = field(metadata=_ruled(rules.identifier))
+    """Its id, which is the name of its table."""
+    runtime: str = field(metadata=_ruled(rules.one_of(*TASKS)))
+    """What executes it."""
+    keys: tuple[str, ...] = field(default=(), metadata=_ruled(rules.keys))
+    """Keys that mean it, besides its id, which always does."""
+    task: str = field(default="", metadata=_ruled(rules.word))
+    """What the runtime does with it; empty for runtimes that do one thing."""
+    root: str | None = field(default=None, metadata=_ruled(rules.identifier))
+    """Name of the root below which its weights are; None for runtimes without weights."""
+    folder: str | None = field(default=None, metadata=_ruled(rules.folder))
+    """Folder below the root, ``/``-separated; None for runtimes without weights."""
+    device: ComponentDevice | None = field(default=None, metadata=_ruled(placement.placement))
+    """Where it lives; None lets the server choose at each load."""
+    pinned: bool = field(default=False, metadata=_ruled(rules.boolean))
+    """Whether it is loaded at the start and never evicted."""
+    options: Mapping[str, object] = field(
+        default_factory=lambda: MappingProxyType({}), hash=False, metadata=_ruled(rules.options)
+    )
+    """What the runtime is told; it judges them. Read-only throughout: arrays are tuples."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def plain_options(self) -> dict[str, Any]:
+        """Return a copy of the options in dicts and lists, as a runtime's own checks want it."""
+        return cast("dict[str, Any]", _plain(self.options))
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
+        """See ``Section``."""
+        runtime = given.get("runtime")
+        if runtime is None:
+            return
+        if "task" in given:
+            yield from _task_conflicts(runtime, given["task"])
+        for name, what in (("root", "one of [roots]"), ("folder", "a folder below the root")):
+            if name not in given:
+                continue
+            if runtime in _WEIGHTLESS and given[name] is not None:
+                yield (name,), f"must be left out: the {runtime} runtime has no weights"
+            elif runtime not in _WEIGHTLESS and given[name] is None:
+                yield (name,), f"is missing: the {runtime} runtime reads weights, name {what}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole configuration.
+
+    Raises:
+        ValueError: its parts contradict each other, as ``plan_conflicts`` says.
+    """
+
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """How the server is reached."""
+    yard: YardConfig = field(default_factory=YardConfig)
+    """How it decides."""
+    devices: tuple[DeviceConfig, ...]
+    """1 to ``MAX_DEVICES`` devices, all different, in the order of the file."""
+    roots: Mapping[str, Path] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    """Absolute folders, by name, below which model folders may be."""
+    models: tuple[ModelConfig, ...] = ()
+    """The models, in the order of the file."""
+    allowed_factories: frozenset[str] = frozenset()
+    """``module:function`` names that the torch runtime may call."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "roots", MappingProxyType(dict(self.roots)))
+        devices = [_fields_of(device) for device in self.devices]
+        models = {model.id: _fields_of(model) for model in self.models}
+        if len(models) != len(self.models):
+            raise ValueError("two models have the same id")
+        _raise_if_any(plan_conflicts(devices, frozenset(self.roots), models))
+
+
+def plan_conflicts(
+    devices: Sequence[Mapping[str, Any]],
+    roots: frozenset[str],
+    models: Mapping[str, Mapping[str, Any]],
+) -> Iterator[Finding]:
+    """Yield what is wrong between devices, roots and models that are each right.
+
+    Args:
+        devices: for each device the fields that passed their rules, by name.
+        roots: names of the roots.
+        models: for each model id the fields that passed their rules, by name. None stands in
+            ``keys`` for one that did not.
+    """
+    if not devices:
+        yield ("devices",), 'is missing: declare at least one, for example device = "cpu"'
+    if len(devices) > MAX_DEVICES:
+        yield ("devices",), f"at most {MAX_DEVICES} devices, got {len(devices)}"
+    declared: dict[Device, int] = {}
+    for index, given in enumerate(devices):
+        if "device" not in given:
+            continue
+        first = declared.setdefault(given["device"], index)
+        if first != index:
+            yield (
+                ("devices", index, "device"),
+                f"{given['device']} is declared already, by {key_text(('devices', first))}",
+            )
+    # With a device that cannot be read, nobody knows what is undeclared.
+    readable = all("device" in given for given in devices) and bool(devices)
+    for model_id, given in models.items():
+        root = given.get("root")
+        if root is not None and root not in roots:
+            names = ", ".join(sorted(roots)) or "none"
+            yield ("models", model_id, "root"), f"{quoted(root)} is not in [roots] (there: {names})"
+        component = given.get("device")
+        if readable and component is not None:
+            for path, device in _placed(component):
+                if device not in declared:
+                    yield (
+                        ("models", model_id, "device", *path),
+                        f"{device} is not declared: use one of "
+                        f"{', '.join(map(str, declared))} or add it to [[devices]]",
+                    )
+    yield from _key_conflicts(models)
+
+
+def rule_of(setting: Field[Any]) -> Rule:
+    """Return the rule of a field of a section."""
+    return cast("Rule", setting.metadata[_RULE])
+
+
+def settings(section: type[Section]) -> tuple[Field[Any], ...]:
+    """Return the fields of a section, in the order in which they are documented."""
+    return tuple(section.__dataclass_fields__.values())
+
+
+def _task_conflicts(runtime: str, task: str) -> Iterator[Finding]:
+    tasks = TASKS[runtime]
+    if task and not tasks:
+        yield ("task",), f"must be left out: the {runtime} runtime does one thing"
+    elif tasks and not task:
+        yield ("task",), f"is missing: the {runtime} runtime does {', '.join(tasks)}"
+    elif task and task not in tasks:
+        yield (
+            ("task",),
+            f"the {runtime} runtime does not do {quoted(task)}: use one of {', '.join(tasks)}",
+        )
+
+
+def _key_conflicts(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]:
+    owners: dict[str, str] = {}
+    for model_id, given in models.items():
+        for index, key in enumerate(given.get("keys", ())):
+            path: KeyPath = ("models", model_id, "keys", index)
+            if key is None:
+                continue
+            if key != model_id and key in models:
+                yield path, f"{quoted(key)} is the id of another model, which it always means"
+            elif owners.setdefault(key, model_id) != model_id:
+                yield path, f"{quoted(key)} means {key_text(('models', owners[key]))} already"
+
+
+def _placed(component: ComponentDevice) -> Iterator[tuple[KeyPath, Device]]:
+    if component.single is not None:
+        yield (), component.single
+    elif component.multiple is not None:
+        for part, device in component.multiple:
+            yield (part,), device
+
+
+def _ascending(given: Mapping[str, Any], low: str, high: str) -> Iterator[Finding]:
+    if low in given and high in given and given[low] > given[high]:
+        yield (
+            (low,),
+            f"must not be above {high}: {given[low]:g} is more than {given[high]:g}",
+        )
+
+
+def _check(section: Section) -> None:
+    """Apply the rules to a value that is being made, and refuse it if it breaks one."""
+    findings: list[Finding] = []
+    for setting in fields(section):
+        value = getattr(section, setting.name)
+        # None is what a field without a value has, where that is its default.
+        if value is None and setting.default is None:
+            continue
+        try:
+            object.__setattr__(section, setting.name, rule_of(setting)(value))
+        except RuleError as error:
+            findings += [((setting.name, *path), text) for path, text in error.findings]
+    if not findings:
+        findings += section.conflicts(_fields_of(section))
+    _raise_if_any(findings)
+
+
+def _raise_if_any(findings: Iterator[Finding] | Sequence[Finding]) -> None:
+    text = "; ".join(f"{key_text(path)}: {text}" for path, text in findings)
+    if text:
+        raise ValueError(text)
+
+
+def _fields_of(section: Section) -> dict[str, Any]:
+    return {setting.name: getattr(section, setting.name) for setting in fields(section)}
+
+
+def _plain(value: object) -> object:
+    match value:
+        case Mapping():
+            return {key: _plain(element) for key, element in value.items()}
+        case tuple():
+            return [_plain(element) for element in value]
+        case _:
+            return value

@@ -1,0 +1,1094 @@
+"""Reading, checking and documenting the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import tomllib
+from decimal import Decimal
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import click
+import pytest
+import torch
+import typer
+import typer.main
+from typer.testing import CliRunner
+
+from modelyard.devices import ComponentDevice, Device, DeviceMap
+from modelyard_server.cli_config import register
+from modelyard_server.config import (
+    Budget,
+    Config,
+    ConfigError,
+    DeviceConfig,
+    ModelConfig,
+    ServerConfig,
+    YardConfig,
+    default_config_text,
+    load_config,
+    parse_config,
+)
+from modelyard_server.config.reading import MAX_CONFIG_BYTES
+from modelyard_server.config.rules import RuleError
+from modelyard_server.config.values import rule_of, settings
+from modelyard_server.devices.sizes import MAX_SIZE_BYTES, format_size, parse_size
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+CPU = '[[devices]]\ndevice = "cpu"\nbudget = "1GB"\n'
+ECHO = '[models.echo]\nruntime = "identity"\n'
+
+# What a caller without a type checker may pass.
+WRONG: Any = object()
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    (tmp_path / "models").mkdir()
+    return tmp_path
+
+
+def problems_of(text: str, base: Path) -> list[tuple[int, str, str]]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, base=base)
+    return [(found.line, found.key, found.text) for found in caught.value.problems]
+
+
+def only_problem(text: str, base: Path) -> tuple[int, str, str]:
+    problems = problems_of(text, base)
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def with_model(settings_text: str) -> str:
+    """Return a configuration whose model has these settings, from line 10."""
+    text = (
+        '[[devices]]\ndevice = "cpu"\nbudget = 1\n'
+        '[[devices]]\ndevice = "cuda:0"\nbudget = 1\n'
+        '[roots]\nstore = "models"\n[models.m]\n'
+    )
+    return text + dedent(settings_text)
+
+
+class TestGoodFiles:
+    def test_every_setting_is_read(self, base: Path) -> None:
+        config = parse_config(
+            """
+            [server]
+            listen = "[::1]:0"
+            default_deadline_s = 0.5
+            max_deadline_s = 60
+            max_message_bytes = "1MiB"
+            shutdown_grace_s = 0
+            log_level = "debug"
+            [yard]
+            policy = "lru"
+            max_waiting_per_model = 1
+            max_waiting = 2
+            overdue_after_s = 3
+            backoff_initial_s = 4
+            backoff_max_s = 5
+            loads_per_device = 6
+            explain_capacity = 7
+            [[devices]]
+            device = "cuda"
+            budget = 300_000_000
+            logical = true
+            threads = 2
+            [[devices]]
+            device = "cpu"
+            budget = "50%"
+            [roots]
+            store = "models"
+            [runtimes.torch]
+            allowed_factories = ["my_package.nets:make_net"]
+            [models."a.b-c_d"]
+            keys = ["Acme/sentiment:v1", "x"]
+            runtime = "transformers"
+            task = "fill-mask"
+            root = "store"
+            folder = "team-a/sentiment"
+            device = "cuda:0"
+            pinned = true
+            [models."a.b-c_d".options]
+            labels = ["a", "b"]
+            nested = { x = 1, y = 2.5, z = true }
+            """,
+            base=base,
+        )
+        assert config == Config(
+            server=ServerConfig(
+                listen="[::1]:0",
+                default_deadline_s=0.5,
+                max_deadline_s=60,
+                max_message_bytes=2**20,
+                shutdown_grace_s=0,
+                log_level="debug",
+            ),
+            yard=YardConfig(
+                policy="lru",
+                max_waiting_per_model=1,
+                max_waiting=2,
+                overdue_after_s=3,
+                backoff_initial_s=4,
+                backoff_max_s=5,
+                loads_per_device=6,
+                explain_capacity=7,
+            ),
+            devices=(
+                DeviceConfig(
+                    device=Device.gpu(0),
+                    budget=Budget(size_bytes=300_000_000),
+                    logical=True,
+                    threads=2,
+                ),
+                DeviceConfig(device=Device.cpu(), budget=Budget(percent=Decimal(50))),
+            ),
+            roots={"store": base.resolve() / "models"},
+            models=(
+                ModelConfig(
+                    id="a.b-c_d",
+                    keys=("Acme/sentiment:v1", "x"),
+                    runtime="transformers",
+                    task="fill-mask",
+                    root="store",
+                    folder="team-a/sentiment",
+                    device=ComponentDevice.from_str("cuda:0"),
+                    pinned=True,
+                    options={"labels": ["a", "b"], "nested": {"x": 1, "y": 2.5, "z": True}},
+                ),
+            ),
+            allowed_factories=frozenset({"my_package.nets:make_net"}),
+        )
+        assert (config.server.host, config.server.port) == ("::1", 0)
+
+    def test_what_is_left_out_has_its_default(self, base: Path) -> None:
+        config = parse_config(CPU, base=base)
+        assert config.server == ServerConfig()
+        assert config.yard == YardConfig()
+        assert config.devices[0] == DeviceConfig(
+            device=Device.cpu(), budget=Budget(size_bytes=10**9), logical=False, threads=1
+        )
+        assert (config.roots, config.models, config.allowed_factories) == ({}, (), frozenset())
+
+    @pytest.mark.parametrize(
+        ("written", "placed"),
+        [
+            ('device = "cpu:0"', ComponentDevice.from_single(Device.cpu())),
+            ('device = "cuda"', ComponentDevice.from_single(Device.gpu(0))),
+            (
+                'device = { type = "single", device = "cuda" }',
+                ComponentDevice.from_single(Device.gpu(0)),
+            ),
+            (
+                'device = { type = "multiple", device_map = { "a.b" = "cuda:0", "" = "cpu" } }',
+                ComponentDevice.from_multiple(DeviceMap({"a.b": Device.gpu(0), "": Device.cpu()})),
+            ),
+            (
+                'device = { "a.b" = "cuda:0", "" = "cpu" }',
+                ComponentDevice.from_multiple(DeviceMap({"a.b": Device.gpu(0), "": Device.cpu()})),
+            ),
+            # A part of a model that happens to be called like a field of Haystack's table.
+            (
+                'device = { type = "cpu", device = "cuda:0" }',
+                ComponentDevice.from_multiple(
+                    DeviceMap({"type": Device.cpu(), "device": Device.gpu(0)})
+                ),
+            ),
+        ],
+    )
+    def test_every_form_of_a_placement_is_read(
+        self, base: Path, written: str, placed: ComponentDevice
+    ) -> None:
+        config = parse_config(with_model(f'runtime = "identity"\n{written}\n'), base=base)
+        assert config.models[0].device == placed
+
+    def test_values_cannot_be_changed_and_options_can_be_copied(self, base: Path) -> None:
+        config = parse_config(
+            with_model('runtime = "identity"\noptions = { a = [{ b = 1 }] }\n'), base=base
+        )
+        model = config.models[0]
+        with pytest.raises(TypeError):
+            model.options["a"] = 1  # type: ignore[index]  # That it is read-only is the point.
+        with pytest.raises(TypeError):
+            config.roots["a"] = base  # type: ignore[index]  # As above.
+        plain = model.plain_options()
+        assert plain == {"a": [{"b": 1}]}
+        plain["a"].append(2)
+        assert model.plain_options() == {"a": [{"b": 1}]}
+        assert len({model, model}) == 1
+        assert len({config, config}) == 1
+
+    def test_roots_are_relative_to_the_file_and_resolved(self, base: Path) -> None:
+        (base / "link").symlink_to("models")
+        file = base / "yard.toml"
+        file.write_text(f'{CPU}[roots]\na = "link"\nb = "{base}"\n', encoding="utf-8")
+        roots = load_config(file).roots
+        assert roots == {"a": base.resolve() / "models", "b": base.resolve()}
+
+    def test_a_byte_order_mark_is_no_problem(self, base: Path) -> None:
+        file = base / "yard.toml"
+        file.write_bytes(b"\xef\xbb\xbf" + CPU.encode())
+        assert len(load_config(file).devices) == 1
+
+
+class TestAllProblemsAtOnce:
+    def test_every_problem_has_its_key_and_line(self, base: Path) -> None:
+        text = dedent(
+            """\
+            title = "x"
+            [server]
+            listen = "0.0.0.0:8470"
+            shutdown_grace = 3
+            [yard]
+            policy = "lfu"
+            max_waiting = true
+            [[devices]]
+            device = "cpu"
+            bugdet = "300MB"
+            [[devices]]
+            device = "cpu:0"
+            budget = "300mb"
+            [roots]
+            store = "nowhere"
+            [runtimes.jax]
+            [models.a]
+            keys = [
+              "x",
+              "no space",
+              "b",
+            ]
+            runtime = "transformers"
+            root = "sotre"
+            folder = "../x"
+            device = "cuda:1"
+            [models.b]
+            keys = ["x"]
+            runtime = "identity"
+            [models.b.device]
+            encoder.layer = "cpu"
+            "head" = "cuda:3"
+            """
+        )
+        assert [(line, key) for line, key, _ in problems_of(text, base)] == [
+            (1, "title"),
+            (3, "server.listen"),
+            (4, "server.shutdown_grace"),
+            (6, "yard.policy"),
+            (7, "yard.max_waiting"),
+            (8, "devices[0].budget"),
+            (10, "devices[0].bugdet"),
+            (12, "devices[1].device"),
+            (13, "devices[1].budget"),
+            (15, "roots.store"),
+            (16, "runtimes.jax"),
+            (17, "models.a.task"),
+            (20, "models.a.keys[1]"),
+            (21, "models.a.keys[2]"),
+            (24, "models.a.root"),
+            (25, "models.a.folder"),
+            (26, "models.a.device"),
+            (28, "models.b.keys[0]"),
+            (31, "models.b.device.encoder"),
+            (32, "models.b.device.head"),
+        ]
+
+    def test_the_text_of_the_error_has_them_all(self, base: Path) -> None:
+        file = base / "yard.toml"
+        file.write_text("[server]\na = 1\nb = 2\n", encoding="utf-8")
+        with pytest.raises(ConfigError) as caught:
+            load_config(file)
+        assert caught.value.source == file
+        lines = str(caught.value).splitlines()
+        assert lines[0].startswith(f"{file}:1: devices: is missing")
+        assert lines[1].startswith(f"{file}:2: server.a: unknown field")
+        assert lines[2].startswith(f"{file}:3: server.b: unknown field")
+
+    @pytest.mark.parametrize(
+        ("text", "line", "key", "advice"),
+        [
+            ('[server]\nlog_levle = "info"\n', 2, "server.log_levle", 'did you mean "log_level"?'),
+            ("[yard]\nzzz = 1\n", 2, "yard.zzz", "known here: policy, "),
+            ("[sever]\n", 1, "sever", 'did you mean "server"?'),
+            ("[model.x]\n", 1, "model", 'did you mean "models"?'),
+            ("[models.x]\nruntime = 'identity'\nid = 'y'\n", 3, "models.x.id", "known here"),
+            ("[runtimes.torhc]\n", 1, "runtimes.torhc", "torch"),
+            ("[runtimes.torch]\nallow = []\n", 2, "runtimes.torch.allow", "allowed_factories"),
+        ],
+    )
+    def test_unknown_fields_are_named_with_the_nearest_known_one(
+        self, base: Path, text: str, line: int, key: str, advice: str
+    ) -> None:
+        problem = only_problem(text + CPU, base)
+        assert problem[:2] == (line, key)
+        assert problem[2].startswith("unknown field")
+        assert advice in problem[2]
+
+    def test_one_mistake_is_not_reported_as_two(self, base: Path) -> None:
+        # An unreadable device is not "undeclared", a root with a wrong folder not "unknown", an
+        # unknown runtime neither needs nor forbids weights, a bad deadline contradicts nobody.
+        text = (
+            '[server]\nmax_deadline_s = "10"\n'
+            '[[devices]]\ndevice = "cuda:O"\nbudget = 1\n[roots]\nstore = "nowhere"\n'
+            '[models.a]\nruntime = "trch"\nroot = "store"\nfolder = "a"\ndevice = "cuda:0"\n'
+        )
+        assert [(line, key) for line, key, _ in problems_of(text, base)] == [
+            (2, "server.max_deadline_s"),
+            (4, "devices[0].device"),
+            (7, "roots.store"),
+            (9, "models.a.runtime"),
+        ]
+
+    def test_hostile_names_come_back_escaped_and_short(self, base: Path) -> None:
+        escape = "\\u001b[31m\\n"
+        text = f'["models"."{escape}"]\nruntime = "{escape}"\n["{"x" * 5000}"]\n{CPU}'
+        for _, key, problem in problems_of(text, base):
+            assert key.isprintable()
+            assert problem.isprintable()
+            assert len(key) + len(problem) < 400
+
+
+class TestSyntax:
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            ("[server]\nlisten = \n", 2),
+            ("a = 1\n\n\nb = 2\nb = 3\n", 5),
+            ("[server\n", 1),
+            ('x = 1\ny = """never closed\n\n', 2),
+            ("[a]\n[a]\n", 2),
+            (f"a = 1\nb = {'[' * 100_000}\n", 1),
+            (f"a = 1\nb = {'1' * 100_000}\n", 2),
+            ("a = 2020-13-45\n", 1),
+        ],
+    )
+    def test_what_is_no_toml_is_one_problem_with_its_line(
+        self, base: Path, text: str, line: int
+    ) -> None:
+        found_line, key, problem = only_problem(text, base)
+        assert (found_line, key) == (line, "")
+        assert "TOML" in problem
+        assert "(at " not in problem
+
+    @pytest.mark.parametrize(
+        ("content", "line", "text"),
+        [
+            (b"a = 1\nb = '\xff'\n", 2, "UTF-8"),
+            (b"#" * (MAX_CONFIG_BYTES + 1), 1, "larger"),
+        ],
+    )
+    def test_what_is_no_text_is_refused(
+        self, base: Path, content: bytes, line: int, text: str
+    ) -> None:
+        file = base / "yard.toml"
+        file.write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            load_config(file)
+        (problem,) = caught.value.problems
+        assert (problem.line, problem.key) == (line, "")
+        assert text in problem.text
+
+    @pytest.mark.parametrize("name", ["absent.toml", "models", "a\0b", "x" * 5000])
+    def test_a_file_that_cannot_be_read_is_a_config_error(self, base: Path, name: str) -> None:
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_config(base / name)
+
+
+class TestServer:
+    @pytest.mark.parametrize(
+        "listen",
+        ["127.0.0.1:1", "127.9.9.9:0", "localhost:65535", "[::1]:1", "[::ffff:127.0.0.1]:1"],
+    )
+    def test_loopback_addresses_are_taken(self, base: Path, listen: str) -> None:
+        config = parse_config(f'[server]\nlisten = "{listen}"\n{CPU}', base=base)
+        assert config.server.listen == listen
+
+    @pytest.mark.parametrize(
+        "listen", ["0.0.0.0:1", "[::]:1", "192.168.0.1:1", "example.com:1", "[::ffff:8.8.8.8]:1"]
+    )
+    def test_other_addresses_need_a_word_of_consent(self, base: Path, listen: str) -> None:
+        text = f'[server]\nlisten = "{listen}"\n'
+        line, key, problem = only_problem(text + CPU, base)
+        assert (line, key) == (2, "server.listen")
+        assert "no TLS yet" in problem
+        assert "insecure_non_loopback" in problem
+        config = parse_config(f"{text}insecure_non_loopback = true\n{CPU}", base=base)
+        assert config.server.listen == listen
+
+    @pytest.mark.parametrize(
+        "listen",
+        [
+            "",
+            ":8470",
+            "127.0.0.1",
+            "127.0.0.1:",
+            "127.0.0.1:65536",
+            "127.0.0.1:-1",
+            "127.0.0.1:٣",
+            "127.0.0.1: 1",
+            "127.1:1",
+            "256.0.0.1:1",
+            "::1:8470",
+            "[::1:8470",
+            "[127.0.0.1]:1",
+            "[]:1",
+            "unix:/tmp/x",
+            "http://127.0.0.1:1",
+            "a b:1",
+            "-a:1",
+        ],
+    )
+    def test_what_is_no_address_is_refused(self, base: Path, listen: str) -> None:
+        line, key, _ = only_problem(f"[server]\nlisten = '{listen}'\n{CPU}", base)
+        assert (line, key) == (2, "server.listen")
+
+    @pytest.mark.parametrize(
+        ("setting", "text"),
+        [
+            ("default_deadline_s = 0", "0.001 to 86400"),
+            ("default_deadline_s = -1", "0.001 to 86400"),
+            ("default_deadline_s = nan", "0.001 to 86400"),
+            ("default_deadline_s = inf", "0.001 to 86400"),
+            ("default_deadline_s = 301", "must not be above max_deadline_s"),
+            ('default_deadline_s = "30"', "a number of seconds"),
+            ("default_deadline_s = true", "a number of seconds"),
+            (f"max_deadline_s = 0x{'f' * 9000}", "far out of range"),
+            ('max_message_bytes = "1KiB"', "64KiB to"),
+            ('max_message_bytes = "2GiB"', "64KiB to"),
+            ("max_message_bytes = 1.5", "a size"),
+            ("max_message_bytes = -1", "0 to"),
+            ('max_message_bytes = "16"', "no unit"),
+            ('max_message_bytes = "16mb"', "write 'MB'"),
+            ("shutdown_grace_s = -0.1", "0 to 3600"),
+            ('log_level = "INFO"', "must be one of debug, info"),
+            ("log_level = 1", "must be a string, got an integer"),
+            ("insecure_non_loopback = 1", "must be true or false"),
+        ],
+    )
+    def test_values_out_of_range_are_refused(self, base: Path, setting: str, text: str) -> None:
+        line, key, problem = only_problem(f"[server]\n{setting}\n{CPU}", base)
+        assert (line, key) == (2, f"server.{setting.split()[0]}")
+        assert text in problem
+
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            "max_waiting = 0",
+            "max_waiting = 1.0",
+            "max_waiting = true",
+            "max_waiting_per_model = 1000001",
+            "overdue_after_s = 0",
+            "backoff_initial_s = 61",
+            "backoff_max_s = 86401",
+            "loads_per_device = 0",
+            "explain_capacity = 0",
+            'policy = ""',
+        ],
+    )
+    def test_yard_values_out_of_range_are_refused(self, base: Path, setting: str) -> None:
+        line, key, _ = only_problem(f"[yard]\n{setting}\n{CPU}", base)
+        assert (line, key) == (2, f"yard.{setting.split()[0]}")
+
+    @pytest.mark.parametrize(
+        ("text", "key"),
+        [
+            ("server = 1\n" + CPU, "server"),
+            ("yard = []\n" + CPU, "yard"),
+            ("roots = ''\n" + CPU, "roots"),
+            ("models = []\n" + CPU, "models"),
+            ("models.a = 1\n" + CPU, "models.a"),
+            ("runtimes = 1\n" + CPU, "runtimes"),
+            ("runtimes.torch = 1\n" + CPU, "runtimes.torch"),
+            ("[devices]\ndevice = 'cpu'\n", "devices"),
+            ("devices = [1]\n", "devices"),
+        ],
+    )
+    def test_tables_have_to_be_tables(self, base: Path, text: str, key: str) -> None:
+        line, found, problem = only_problem(text, base)
+        assert (line, found) == (1, key)
+        assert "table" in problem
+
+
+class TestDevices:
+    @pytest.mark.parametrize("text", ["", "devices = []\n", "[server]\n"])
+    def test_there_is_at_least_one(self, base: Path, text: str) -> None:
+        assert "at least one" in only_problem(text, base)[2]
+
+    def test_there_are_at_most_sixteen(self, base: Path) -> None:
+        def text(count: int) -> str:
+            return "".join(
+                f'[[devices]]\ndevice = "cuda:{index}"\nbudget = 1\n' for index in range(count)
+            )
+
+        assert len(parse_config(text(16), base=base).devices) == 16
+        assert only_problem(text(17), base)[:2] == (1, "devices")
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [("cpu", "cpu"), ("cpu", "cpu:0"), ("cuda", "cuda:0"), ("mps:0", "mps")],
+    )
+    def test_each_is_declared_once(self, base: Path, first: str, second: str) -> None:
+        text = "".join(f'[[devices]]\ndevice = "{each}"\nbudget = 1\n' for each in (first, second))
+        line, key, problem = only_problem(text, base)
+        assert (line, key) == (5, "devices[1].device")
+        assert "devices[0]" in problem
+
+    @pytest.mark.parametrize(
+        ("setting", "text"),
+        [
+            ('device = "disk"', "not supported"),
+            ('device = "gpu"', "use one of"),
+            ('device = "cuda:128"', "127"),
+            ('device = "cuda: 1"', "integer"),
+            ("device = 0", "must be a device"),
+            ('device = "cpu:1"', "logical"),
+            ("logical = 1", "true or false"),
+            ("threads = 0", "1 to 1024"),
+            ('budget = "0%"', "above 0%"),
+            ('budget = "100.5%"', "at most 100%"),
+            ('budget = "half%"', "no percentage"),
+            ('budget = "0B"', "at least 1"),
+            ("budget = 0", "at least 1"),
+            ("budget = -5", "at least 1"),
+            (f"budget = 0x{'f' * 9000}", "at most"),
+            ("budget = 1.5", "bytes, a size or a percentage"),
+            ('budget = "lots"', "no size"),
+        ],
+    )
+    def test_values_that_cannot_be_are_refused(self, base: Path, setting: str, text: str) -> None:
+        lines = {"device": 'device = "cpu"', "budget": "budget = 1"}
+        lines[setting.split()[0]] = setting
+        content = "[[devices]]\n" + "\n".join(lines.values()) + "\n"
+        _, key, problem = only_problem(content, base)
+        assert key == f"devices[0].{setting.split()[0]}"
+        assert text in problem
+
+    def test_pools_of_host_memory_may_be_numbered(self, base: Path) -> None:
+        text = '[[devices]]\ndevice = "cpu:1"\nbudget = 1\nlogical = true\n'
+        assert parse_config(text, base=base).devices[0].device == Device.from_str("cpu:1")
+
+
+class TestRoots:
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [
+            ('"absent"', "does not exist"),
+            ('"file"', "not a folder"),
+            ('"file/below"', "cannot be opened"),
+            ('"loop"', "cannot be opened"),
+            ('""', "path of a folder"),
+            ('"~/models"', "not expanded"),
+            ('"file:///models"', "not a URL"),
+            ('"s3://bucket/models"', "not a URL"),
+            ('"a\\u0000b"', "control characters"),
+            (f'"{"x" * 5000}"', "cannot be opened"),
+            ("1", "got an integer"),
+        ],
+    )
+    def test_folders_that_are_not_there_are_refused(
+        self, base: Path, value: str, text: str
+    ) -> None:
+        (base / "file").touch()
+        (base / "loop").symlink_to("loop")
+        line, key, problem = only_problem(f"[roots]\nstore = {value}\n{CPU}", base)
+        assert (line, key) == (2, "roots.store")
+        assert text in problem
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        "model_id", ["", "A", "-a", ".a", "a..b", "a/b", "a b", "ä", "a" * 129, "../a", "a\\n"]
+    )
+    def test_ids_follow_their_grammar(self, base: Path, model_id: str) -> None:
+        line, _, problem = only_problem(f'{CPU}[models."{model_id}"]\nruntime="identity"', base)
+        assert line == 4
+        assert "the name must" in problem
+
+    @pytest.mark.parametrize("model_id", ["a", "0", "a.b", "a-b_c.1", "a" * 128])
+    def test_good_ids_are_taken(self, base: Path, model_id: str) -> None:
+        config = parse_config(f'{CPU}[models."{model_id}"]\nruntime="identity"', base=base)
+        assert config.models[0].id == model_id
+
+    @pytest.mark.parametrize(
+        "key", ["", "-a", "/a", "a..b", "../a", "a b", "a\\u0000", "é", "a\\u202e", "k" * 257]
+    )
+    def test_keys_follow_their_grammar(self, base: Path, key: str) -> None:
+        line, found, _ = only_problem(
+            with_model(f'runtime = "identity"\nkeys = ["fine", "{key}"]\n'), base
+        )
+        assert (line, found) == (11, "models.m.keys[1]")
+
+    @pytest.mark.parametrize("key", ["A", "a/b:c.d_e-f", "0", "k" * 256, "m"])
+    def test_good_keys_are_taken(self, base: Path, key: str) -> None:
+        config = parse_config(with_model(f'runtime = "identity"\nkeys = ["{key}"]\n'), base=base)
+        assert config.models[0].keys == (key,)
+
+    @pytest.mark.parametrize("value", ['"a"', "1", "{}", "[1]", "[['a']]"])
+    def test_keys_are_an_array_of_strings(self, base: Path, value: str) -> None:
+        line, key, _ = only_problem(with_model(f'runtime = "identity"\nkeys = {value}\n'), base)
+        assert (line, key.removesuffix("[0]")) == (11, "models.m.keys")
+
+    def test_a_key_means_one_model(self, base: Path) -> None:
+        text = (
+            f'{CPU}[models.a]\nruntime = "identity"\nkeys = ["x", "x", "b"]\n'
+            '[models.b]\nruntime = "identity"\nkeys = ["x", "y", "a"]\n'
+        )
+        problems = problems_of(text, base)
+        assert [(line, key) for line, key, _ in problems] == [
+            (6, "models.a.keys[1]"),
+            (6, "models.a.keys[2]"),
+            (9, "models.b.keys[0]"),
+            (9, "models.b.keys[2]"),
+        ]
+        assert "twice" in problems[0][2]
+        assert "id of another model" in problems[1][2]
+        assert "models.a" in problems[2][2]
+        assert "id of another model" in problems[3][2]
+
+    @pytest.mark.parametrize(
+        "folder",
+        [
+            "",
+            "/etc",
+            "//host/share",
+            "..",
+            "a/../b",
+            "a/..",
+            ".",
+            "./a",
+            "a//b",
+            "a/",
+            "a\\\\b",
+            "a\\u0000b",
+            "a\\nb",
+            "http://host/a",
+            "file:a",
+            "s3://a/b",
+            "C:/a",
+            "x" * 256,
+            "x/" * 600 + "x",
+        ],
+    )
+    def test_folders_cannot_leave_their_root(self, base: Path, folder: str) -> None:
+        text = with_model(f'runtime = "torch"\nroot = "store"\nfolder = "{folder}"\n')
+        assert only_problem(text, base)[:2] == (12, "models.m.folder")
+
+    def test_an_undeclared_root_is_named_with_those_there_are(self, base: Path) -> None:
+        text = with_model('runtime = "torch"\nroot = "sotre"\nfolder = "a"\n')
+        line, key, problem = only_problem(text, base)
+        assert (line, key) == (11, "models.m.root")
+        assert "there: store" in problem
+
+    @pytest.mark.parametrize(
+        ("settings_text", "line", "key", "text"),
+        [
+            ("", 9, "runtime", "is missing"),
+            ("runtime = 'onnx'\n", 10, "runtime", "must be one of transformers, torch, identity"),
+            ("runtime = 'torch'\nfolder = 'a'\n", 9, "root", "is missing"),
+            ("runtime = 'torch'\nroot = 'store'\n", 9, "folder", "is missing"),
+            ("runtime = 'identity'\nroot = 'store'\n", 11, "root", "no weights"),
+            ("runtime = 'identity'\nfolder = 'a'\n", 11, "folder", "no weights"),
+            ("runtime = 'identity'\ntask = 'fill-mask'\n", 11, "task", "does one thing"),
+            (
+                "runtime = 'transformers'\nroot = 'store'\nfolder = 'a'\n",
+                9,
+                "task",
+                "is missing",
+            ),
+            (
+                "runtime = 'transformers'\nroot = 'store'\nfolder = 'a'\ntask = 'fill'\n",
+                13,
+                "task",
+                "fill-mask",
+            ),
+            ("runtime = 'identity'\npinned = 'yes'\n", 11, "pinned", "true or false"),
+        ],
+    )
+    def test_what_a_runtime_needs_has_to_be_there(
+        self, base: Path, settings_text: str, line: int, key: str, text: str
+    ) -> None:
+        problem = only_problem(with_model(settings_text), base)
+        assert problem[:2] == (line, f"models.m.{key}")
+        assert text in problem[2]
+
+    @pytest.mark.parametrize(
+        ("device", "line", "key", "text"),
+        [
+            ('device = "cuda:1"', 11, "device", "use one of cpu, cuda:0"),
+            ('device = "disk"', 11, "device", "not supported"),
+            ('device = "gpu"', 11, "device", "use one of cpu, cuda, disk, mps, xpu"),
+            ("device = 1", 11, "device", "got an integer"),
+            ("device = {}", 11, "device", "at least one part"),
+            ('device = { "a" = "cuda:1" }', 11, "device.a", "not declared"),
+            ('device = { "a.b" = "disk" }', 11, 'device."a.b"', "not supported"),
+            ('device = { a.b = "cpu" }', 11, "device.a", "in quotes"),
+            ("device = { a = 0 }", 11, "device.a", "must be a device"),
+            ('device = { type = "both" }', 11, "device.type", '"single" or "multiple"'),
+            ('device = { type = "single" }', 11, "device.device", "is missing"),
+            ('device = { type = "single", device = 1 }', 11, "device.device", "must be a device"),
+            (
+                'device = { type = "single", device = "cpu", x = 1 }',
+                11,
+                "device.x",
+                "unknown field",
+            ),
+            ('device = { type = "multiple", device_map = 1 }', 11, "device.device_map", "a table"),
+            ('device = { device_map = { a = "cpu" } }', 11, "device.type", "it is missing"),
+            (
+                '[models.m.device]\ntype = "multiple"\n[models.m.device.device_map]\na = "cuda:1"',
+                14,
+                "device.device_map.a",
+                "not declared",
+            ),
+            (
+                '[models.m.device]\na = "cpu"\nb = "cuda:7"',
+                13,
+                "device.b",
+                "not declared",
+            ),
+        ],
+    )
+    def test_placements_that_cannot_be_are_refused_where_they_are(
+        self, base: Path, device: str, line: int, key: str, text: str
+    ) -> None:
+        problem = only_problem(with_model(f'runtime = "identity"\n{device}\n'), base)
+        assert problem[:2] == (line, f"models.m.{key}")
+        assert text in problem[2]
+
+    @pytest.mark.parametrize(
+        ("value", "key"),
+        [
+            ("1", "options"),
+            ("{ a = 2020-01-01 }", "options.a"),
+            ("{ a = 12:00:00 }", "options.a"),
+            ("{ a = [1, nan] }", "options.a[1]"),
+            ("{ a = { b = inf } }", "options.a.b"),
+            ("{ a = 9007199254740993 }", "options.a"),
+            (f"{{ a = {'[' * 20}{']' * 20} }}", "options.a" + "[0]" * 15),
+        ],
+    )
+    def test_options_are_what_json_can_say(self, base: Path, value: str, key: str) -> None:
+        text = with_model(f'runtime = "identity"\noptions = {value}\n')
+        assert only_problem(text, base)[:2] == (11, f"models.m.{key}")
+
+    @pytest.mark.parametrize(
+        "name", ["", "a", "a:", ":b", "a:b.c", "a.b:c d", "a..b:c", "1a:b", "a:b()", "ä:b", "os:*"]
+    )
+    def test_factories_are_exact_names(self, base: Path, name: str) -> None:
+        text = f'[runtimes.torch]\nallowed_factories = ["a.b:c", "{name}"]\n{CPU}'
+        assert only_problem(text, base)[:2] == (2, "runtimes.torch.allowed_factories[1]")
+
+
+class TestValuesMadeByHand:
+    """The same rules hold for code that makes a configuration without a file."""
+
+    def test_rules_apply(self) -> None:
+        with pytest.raises(ValueError, match=r"listen.*no TLS"):
+            ServerConfig(listen="0.0.0.0:1")
+        with pytest.raises(ValueError, match="max_waiting"):
+            YardConfig(max_waiting=0)
+        with pytest.raises(ValueError, match="device"):
+            DeviceConfig(device=Device.disk(), budget=Budget(size_bytes=1))
+        with pytest.raises(ValueError, match="folder"):
+            ModelConfig(id="a", runtime="torch", root="store", folder="../a")
+        with pytest.raises(ValueError, match="threads"):
+            DeviceConfig(device=Device.cpu(), budget=Budget(size_bytes=1), threads=WRONG)
+
+    def test_parts_have_to_fit(self, base: Path) -> None:
+        cpu = DeviceConfig(device=Device.cpu(), budget=Budget(size_bytes=1))
+        echo = ModelConfig(id="echo", runtime="identity")
+        net = ModelConfig(id="t", runtime="torch", root="store", folder="a")
+        assert Config(devices=(cpu,), models=(echo, net), roots={"store": base}).devices == (cpu,)
+        with pytest.raises(ValueError, match="at least one"):
+            Config(devices=())
+        with pytest.raises(ValueError, match="declared already"):
+            Config(devices=(cpu, cpu))
+        with pytest.raises(ValueError, match="same id"):
+            Config(devices=(cpu,), models=(echo, echo))
+        with pytest.raises(ValueError, match="not in"):
+            Config(devices=(cpu,), models=(net,))
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("text", "size_bytes"),
+        [
+            ("0B", 0),
+            ("1B", 1),
+            ("300MB", 300_000_000),
+            ("1kB", 1000),
+            ("1KB", 1000),
+            ("16MiB", 16 * 2**20),
+            ("1.5GiB", 3 * 2**29),
+            ("1.5 GiB", 3 * 2**29),
+            ("0.1KiB", 102),
+            ("0.999999999B", 0),
+            ("8191PiB", 8191 * 2**50),
+            (f"{MAX_SIZE_BYTES}B", MAX_SIZE_BYTES),
+        ],
+    )
+    def test_sizes_are_read(self, text: str, size_bytes: int) -> None:
+        assert parse_size(text) == size_bytes
+
+    @pytest.mark.parametrize(
+        ("text", "advice"),
+        [
+            ("300", "no unit"),
+            ("300mb", "write 'MB'"),
+            ("1gib", "write 'GiB'"),
+            ("1G", "write 'GB'"),
+            ("1Gi", "write 'GiB'"),
+            ("1EB", "use one of"),
+            ("", "no size"),
+            ("MB", "no size"),
+            ("-1MB", "no size"),
+            ("+1MB", "no size"),
+            ("1e3MB", "no size"),
+            ("1_000MB", "no size"),
+            ("1.MB", "no size"),
+            (".5MB", "no size"),
+            ("1,5MB", "no size"),
+            (" 1MB", "no size"),
+            ("1  MB", "no size"),
+            ("1MB\n", "no size"),
+            ("١MB", "no size"),
+            ("8192PiB", "more than the largest"),
+            (f"{MAX_SIZE_BYTES + 1}B", "more than the largest"),
+            ("9" * 10_000 + "B", "no size"),
+        ],
+    )
+    def test_what_is_no_size_is_refused_with_advice(self, text: str, advice: str) -> None:
+        with pytest.raises(ValueError, match=advice) as caught:
+            parse_size(text)
+        assert len(str(caught.value)) < 200
+
+    def test_only_text_is_read(self) -> None:
+        with pytest.raises(TypeError):
+            parse_size(WRONG)
+        with pytest.raises(TypeError):
+            Budget.from_str(WRONG)
+
+    @pytest.mark.parametrize(
+        ("size_bytes", "rounded", "exact"),
+        [
+            (0, "0B", "0B"),
+            (1023, "1023B", "1023B"),
+            (1024, "1KiB", "1KiB"),
+            (300_000_000, "286.1MiB", "300MB"),
+            (3 * 2**29, "1.5GiB", "1.5GiB"),
+            (2**20 - 1, "1023KiB", "1048575B"),
+            (MAX_SIZE_BYTES, "8191PiB", "9223372036854775807B"),
+        ],
+    )
+    def test_sizes_are_written(self, size_bytes: int, rounded: str, exact: str) -> None:
+        assert format_size(size_bytes) == rounded
+        assert format_size(size_bytes, exact=True) == exact
+
+    @pytest.mark.parametrize("size_bytes", [-1, MAX_SIZE_BYTES + 1])
+    def test_sizes_out_of_range_are_not_written(self, size_bytes: int) -> None:
+        with pytest.raises(ValueError, match="a size is 0 to"):
+            format_size(size_bytes)
+
+
+class TestBudget:
+    def test_bytes_are_what_they_are(self) -> None:
+        assert Budget.from_str("300MB").resolve(1) == 300_000_000
+        assert str(Budget.from_str("300MB")) == "300MB"
+
+    @pytest.mark.parametrize(
+        ("text", "total_bytes", "size_bytes"),
+        [
+            ("50%", 1001, 500),
+            ("100%", MAX_SIZE_BYTES, MAX_SIZE_BYTES),
+            ("12.5 %", 8, 1),
+            ("0.000001%", 10**8, 1),
+            ("33%", 0, 0),
+        ],
+    )
+    def test_percentages_are_exact_and_rounded_down(
+        self, text: str, total_bytes: int, size_bytes: int
+    ) -> None:
+        budget = Budget.from_str(text)
+        assert budget.resolve(total_bytes) == size_bytes
+        assert Budget.from_str(str(budget)) == budget
+
+    def test_a_device_has_no_negative_memory(self) -> None:
+        with pytest.raises(ValueError, match="at least 0"):
+            Budget.from_str("50%").resolve(-1)
+
+    def test_it_is_bytes_or_a_percentage(self) -> None:
+        with pytest.raises(ValueError, match="exactly one"):
+            Budget()
+        with pytest.raises(ValueError, match="exactly one"):
+            Budget(size_bytes=1, percent=Decimal(1))
+
+
+class TestExampleAndDocument:
+    def test_the_example_parses_anywhere(self, tmp_path: Path) -> None:
+        config = parse_config(default_config_text(), base=tmp_path)
+        assert [model.id for model in config.models] == ["sentiment", "echo"]
+
+    def test_the_example_shows_every_setting_at_its_default(self) -> None:
+        document = tomllib.loads(default_config_text())
+        shown = {
+            ServerConfig: document["server"],
+            YardConfig: document["yard"],
+            DeviceConfig: document["devices"][0],
+            ModelConfig: {"id": "sentiment", **document["models"]["sentiment"]},
+        }
+        for section, table in shown.items():
+            for setting in settings(section):
+                assert setting.name in table, (section, setting.name)
+                if section in (ServerConfig, YardConfig):
+                    value = table[setting.name]
+                    if setting.name.endswith("_bytes"):
+                        value = parse_size(value)
+                    assert value == setting.default, setting.name
+        assert document["runtimes"]["torch"]["allowed_factories"] == []
+        assert set(document) == {setting.name for setting in dataclasses.fields(Config)} - {
+            "allowed_factories"
+        } | {"runtimes"}
+
+    def test_the_document_holds_the_example(self) -> None:
+        text = DOCUMENT.read_text(encoding="utf-8")
+        assert f"```toml\n{default_config_text()}```\n" in text
+
+    @pytest.mark.parametrize(
+        ("heading", "section"),
+        [
+            ("[server]", ServerConfig),
+            ("[yard]", YardConfig),
+            ("[[devices]]", DeviceConfig),
+            ("[models.ID]", ModelConfig),
+        ],
+    )
+    def test_every_field_is_in_the_document_with_its_default(
+        self,
+        heading: str,
+        section: type[ServerConfig | YardConfig | DeviceConfig | ModelConfig],
+    ) -> None:
+        rows = documented(heading)
+        expected = {each.name: each.default for each in dataclasses.fields(section)}
+        expected.pop("id", None)
+        assert set(rows) == set(expected)
+        for name, default in expected.items():
+            shown = rows[name].strip("`")
+            match default:
+                case dataclasses.MISSING:
+                    assert shown in {"required", "{}"}, name
+                case bool():
+                    assert shown == str(default).lower(), name
+                case int() if name.endswith("_bytes"):
+                    assert shown == format_size(default, exact=True), name
+                case int() | float():
+                    assert float(shown) == default, name
+                case str() if default:
+                    assert shown == default, name
+                case _:
+                    assert shown in {"[]", "empty", "none", "the server chooses at each load"}, name
+
+    def test_what_is_no_field_of_a_section_is_documented_too(self) -> None:
+        assert list(documented("[runtimes.torch]")) == ["allowed_factories"]
+        assert "## `[roots]`" in DOCUMENT.read_text(encoding="utf-8")
+
+    def test_ranges_in_the_document_are_the_ones_that_are_checked(self) -> None:
+        rules = {
+            setting.name: rule_of(setting)
+            for section in (ServerConfig, YardConfig, DeviceConfig)
+            for setting in settings(section)
+        }
+        ranges = re.findall(
+            r"^\| `(\w+)` \| \w+, ([\d.]+) to (\d+) ", DOCUMENT.read_text(encoding="utf-8"), re.M
+        )
+        assert len(ranges) == 11
+        for name, low_text, high_text in ranges:
+            low = float(low_text) if "." in low_text else int(low_text)
+            high = int(high_text)
+            for good in (low, high):
+                assert rules[name](good) == good, name
+            for bad in (low - 1, high + 1):
+                with pytest.raises(RuleError):
+                    rules[name](bad)
+
+
+def documented(heading: str) -> dict[str, str]:
+    """Return the fields and defaults that the document's table under a heading has."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    section = text.split(f"## `{heading}`", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| [^|]+ \|$", section, re.M)
+    return {name: default.strip() for name, default in rows}
+
+
+class TestCommands:
+    @pytest.fixture
+    def app(self) -> typer.Typer:
+        app = typer.Typer()
+        register(app)
+        return app
+
+    def test_a_good_file_is_ok(self, app: typer.Typer, base: Path) -> None:
+        file = base / "yard.toml"
+        file.write_text(CPU + ECHO, encoding="utf-8")
+        result = CliRunner().invoke(app, ["check-config", str(file)])
+        assert (result.exit_code, result.stdout) == (0, "ok: 1 models, 1 devices\n")
+        result = CliRunner().invoke(app, ["check-config", str(file), "--json"])
+        assert result.exit_code == 0
+        assert json.loads(result.stdout) == {
+            "ok": True,
+            "file": str(file),
+            "models": 1,
+            "devices": 1,
+        }
+
+    def test_a_bad_file_is_told_line_by_line(self, app: typer.Typer, base: Path) -> None:
+        file = base / "yard.toml"
+        file.write_text(f"{CPU}bugdet = 1\n[server]\nmax_deadline_s = 1\n", encoding="utf-8")
+        result = CliRunner().invoke(app, ["check-config", str(file)])
+        assert result.exit_code == 2
+        assert result.stdout.splitlines() == [
+            f'{file}:4: devices[0].bugdet: unknown field; did you mean "budget"?',
+            f"{file}:5: server.default_deadline_s: "
+            "must not be above max_deadline_s: 30 is more than 1",
+        ]
+        result = CliRunner().invoke(app, ["check-config", "--json", str(file)])
+        assert result.exit_code == 2
+        told = json.loads(result.stdout)
+        assert told["ok"] is False
+        assert [(each["line"], each["key"]) for each in told["problems"]] == [
+            (4, "devices[0].bugdet"),
+            (5, "server.default_deadline_s"),
+        ]
+
+    def test_a_missing_file_is_one_line(self, app: typer.Typer, base: Path) -> None:
+        result = CliRunner().invoke(app, ["check-config", str(base / "absent.toml")])
+        assert result.exit_code == 2
+        assert result.stdout == (f"{base / 'absent.toml'}:1: cannot be read: {os.strerror(2)}\n")
+
+    def test_an_import_says_what_it_wrote(self, app: typer.Typer, base: Path) -> None:
+        checkpoint = base / "net.pth"
+        torch.save({"epoch": 3, "state_dict": {"w": torch.zeros(256, 4)}}, checkpoint)
+        result = CliRunner().invoke(app, ["import", str(checkpoint), str(base / "net")])
+        assert result.exit_code == 0, result.output
+        first, *rest = result.stdout.splitlines()
+        assert first == f"imported {checkpoint} into {base / 'net'}: 1 tensors, 4KiB"
+        assert rest == ['left out: "epoch"']
+        assert list((base / "net").glob("*.safetensors"))
+
+    def test_a_refused_import_is_one_line_and_exit_code_two(
+        self, app: typer.Typer, base: Path
+    ) -> None:
+        result = CliRunner().invoke(app, ["import", str(base / "absent"), str(base / "new")])
+        assert result.exit_code == 2
+        assert result.stderr.startswith("refused: ")
+        assert result.stderr.count("\n") == 1
+        assert not (base / "new").exists()
+
+    def test_the_commands_have_their_names(self, app: typer.Typer) -> None:
+        group = typer.main.get_command(app)
+        assert isinstance(group, click.Group | typer.core.TyperGroup)
+        assert set(group.commands) == {"check-config", "import"}
