@@ -1,0 +1,173 @@
+"""Client of modelyard, which serves many keyed models from few devices.
+
+::
+
+    from modelyard import Client
+
+    with Client("127.0.0.1:8470") as client:
+        prediction = client.predict("sentiment", "I like it")
+        print(prediction.only, prediction.served.cold)
+
+``Client`` and ``AsyncClient`` ask for predictions, ``Admin`` is for operators, every failed call
+raises a ``ModelyardError``. What is listed in ``__all__`` is public; so are the modules without a
+leading underscore.
+
+Names are imported when they are first used: numpy and gRPC take a noticeable time, and a program
+that only needs the device values should not pay for them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from modelyard.admin import Admin
+    from modelyard.aio import AsyncClient
+    from modelyard.client import Client
+    from modelyard.devices import (
+        ComponentDevice,
+        Device,
+        DeviceMap,
+        DeviceType,
+        resolve_device,
+    )
+    from modelyard.errors import (
+        AlreadyExists,
+        BudgetExhausted,
+        DeadlineExceeded,
+        DeadlineUnreachable,
+        DeviceNotFound,
+        EtagMismatch,
+        InvalidRequest,
+        KeyNotFound,
+        LoadFailed,
+        ModelFailed,
+        ModelInUse,
+        ModelNeverFits,
+        ModelNotFound,
+        ModelyardError,
+        NotFound,
+        PlacementInvalid,
+        PreconditionFailed,
+        QueueFull,
+        ResourceExhausted,
+        RouteNotFound,
+        ServerDraining,
+        ServerError,
+        ServerUnavailable,
+        Violation,
+    )
+    from modelyard.prediction import Prediction, Served
+    from modelyard.resources import (
+        DeviceCharge,
+        LoadFailure,
+        ManagedDevice,
+        Model,
+        Residency,
+        ResidencyState,
+        ServerInfo,
+        ServerStats,
+    )
+    from modelyard.tensors import Bfloat16, TensorError, from_tensor, to_tensor
+
+    __version__: str
+
+__all__ = [
+    "Admin",
+    "AlreadyExists",
+    "AsyncClient",
+    "Bfloat16",
+    "BudgetExhausted",
+    "Client",
+    "ComponentDevice",
+    "DeadlineExceeded",
+    "DeadlineUnreachable",
+    "Device",
+    "DeviceCharge",
+    "DeviceMap",
+    "DeviceNotFound",
+    "DeviceType",
+    "EtagMismatch",
+    "InvalidRequest",
+    "KeyNotFound",
+    "LoadFailed",
+    "LoadFailure",
+    "ManagedDevice",
+    "Model",
+    "ModelFailed",
+    "ModelInUse",
+    "ModelNeverFits",
+    "ModelNotFound",
+    "ModelyardError",
+    "NotFound",
+    "PlacementInvalid",
+    "PreconditionFailed",
+    "Prediction",
+    "QueueFull",
+    "Residency",
+    "ResidencyState",
+    "ResourceExhausted",
+    "RouteNotFound",
+    "Served",
+    "ServerDraining",
+    "ServerError",
+    "ServerInfo",
+    "ServerStats",
+    "ServerUnavailable",
+    "TensorError",
+    "Violation",
+    "__version__",
+    "from_tensor",
+    "resolve_device",
+    "to_tensor",
+]
+
+# The same, for the interpreter.
+_EXPORTS: Final = (
+    ("admin", "Admin"),
+    ("aio", "AsyncClient"),
+    ("client", "Client"),
+    ("devices", "ComponentDevice Device DeviceMap DeviceType resolve_device"),
+    (
+        "errors",
+        "AlreadyExists BudgetExhausted DeadlineExceeded DeadlineUnreachable "
+        "DeviceNotFound EtagMismatch InvalidRequest KeyNotFound LoadFailed "
+        "ModelFailed ModelInUse ModelNeverFits ModelNotFound ModelyardError NotFound "
+        "PlacementInvalid PreconditionFailed QueueFull ResourceExhausted "
+        "RouteNotFound ServerDraining ServerError ServerUnavailable Violation",
+    ),
+    ("prediction", "Prediction Served"),
+    (
+        "resources",
+        "DeviceCharge LoadFailure ManagedDevice Model Residency ResidencyState "
+        "ServerInfo ServerStats",
+    ),
+    ("tensors", "Bfloat16 TensorError from_tensor to_tensor"),
+)
+
+# Hidden from type checkers: they see the imports above, and would take any name for an attribute
+# of this module if they saw this.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Import a public name when it is first used (PEP 562)."""
+        from importlib import import_module
+
+        if name == "__version__":
+            from importlib.metadata import PackageNotFoundError, version
+
+            try:
+                value = version("modelyard")
+            except PackageNotFoundError:
+                # Run from a source tree that is not installed.
+                value = "0+unknown"
+        else:
+            modules = [module for module, names in _EXPORTS if name in names.split()]
+            if not modules:
+                raise AttributeError(f"module 'modelyard' has no attribute {name!r}")
+            value = getattr(import_module(f"modelyard.{modules[0]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

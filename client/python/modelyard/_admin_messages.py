@@ -1,0 +1,122 @@
+"""Messages about models, residencies and the server as values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Final
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from modelyard._device_messages import component_device_from
+from modelyard._predict_messages import seconds_from
+from modelyard._struct_messages import struct_to_dict
+from modelyard.resources import (
+    DeviceCharge,
+    LoadFailure,
+    Model,
+    Residency,
+    ResidencyState,
+    ServerInfo,
+    ServerStats,
+)
+from modelyard.v1 import admin_service_pb2, model_pb2, residency_pb2
+
+__all__ = ["model_from", "residency_from", "server_info_from", "server_stats_from"]
+
+_STATES: Final[Mapping[int, ResidencyState]] = MappingProxyType(
+    {
+        residency_pb2.RESIDENCY_STATE_COLD: ResidencyState.COLD,
+        residency_pb2.RESIDENCY_STATE_QUEUED: ResidencyState.QUEUED,
+        residency_pb2.RESIDENCY_STATE_LOADING: ResidencyState.LOADING,
+        residency_pb2.RESIDENCY_STATE_RESIDENT: ResidencyState.RESIDENT,
+        residency_pb2.RESIDENCY_STATE_DRAINING: ResidencyState.DRAINING,
+        residency_pb2.RESIDENCY_STATE_UNLOADING: ResidencyState.UNLOADING,
+        residency_pb2.RESIDENCY_STATE_FAILED: ResidencyState.FAILED,
+    }
+)
+
+
+def model_from(message: model_pb2.Model) -> Model:
+    """Return a model. Raises ``ValueError`` if its placement or a time is out of range."""
+    has_source = message.HasField("source")
+    return Model(
+        name=message.name,
+        keys=tuple(message.keys),
+        root=message.source.root if has_source else None,
+        folder=message.source.folder if has_source else None,
+        runtime=message.runtime,
+        task=message.task,
+        options=struct_to_dict(message.options),
+        placement=component_device_from(message.placement),
+        estimated_bytes=message.estimated_bytes,
+        created_at=_time_from(message.create_time) if message.HasField("create_time") else None,
+        etag=message.etag,
+    )
+
+
+def residency_from(message: residency_pb2.Residency) -> Residency:
+    """Return a residency. Raises ``ValueError`` if a time is out of range."""
+    return Residency(
+        name=message.name,
+        model=message.model,
+        state=_STATES.get(message.state, ResidencyState.UNKNOWN),
+        charges=_charges_from(message.charges),
+        pinned=message.pinned,
+        lease_count=message.lease_count,
+        waiting_request_count=message.waiting_request_count,
+        load_count=message.load_count,
+        load_s=seconds_from(message.load_duration) if message.HasField("load_duration") else None,
+        failure=_failure_from(message.failure) if message.HasField("failure") else None,
+        quarantined=_charges_from(message.quarantined),
+    )
+
+
+def server_info_from(message: admin_service_pb2.GetServerInfoResponse) -> ServerInfo:
+    """Return what a server is. Raises ``ValueError`` if a time is out of range."""
+    return ServerInfo(
+        version=message.version,
+        library_versions=dict(sorted(message.library_versions.items())),
+        started_at=_time_from(message.start_time) if message.HasField("start_time") else None,
+        eviction_policy=message.eviction_policy,
+        runtimes=tuple(message.runtimes),
+        process_id=message.process_id,
+    )
+
+
+def server_stats_from(message: admin_service_pb2.GetStatsResponse) -> ServerStats:
+    """Return what a server has done."""
+    return ServerStats(
+        answered_count=message.answered_count,
+        error_counts=dict(sorted(message.error_counts.items())),
+        hit_count=message.hit_count,
+        cold_count=message.cold_count,
+        load_count=message.load_count,
+        load_failure_count=message.load_failure_count,
+        eviction_count=message.eviction_count,
+        load_s=seconds_from(message.load_duration),
+        active_request_count=message.active_request_count,
+        waiting_request_count=message.waiting_request_count,
+        process_resident_bytes=message.process_resident_bytes,
+        peak_process_resident_bytes=message.peak_process_resident_bytes,
+    )
+
+
+def _charges_from(messages: Iterable[residency_pb2.DeviceCharge]) -> tuple[DeviceCharge, ...]:
+    return tuple(
+        DeviceCharge(device=charge.device, size_bytes=charge.size_bytes) for charge in messages
+    )
+
+
+def _failure_from(message: residency_pb2.LoadFailure) -> LoadFailure:
+    return LoadFailure(
+        message=message.message,
+        transient=message.transient,
+        attempt_count=message.attempt_count,
+        retry_at=_time_from(message.retry_time) if message.HasField("retry_time") else None,
+    )
+
+
+def _time_from(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(tzinfo=UTC)

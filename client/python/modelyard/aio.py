@@ -1,0 +1,98 @@
+"""The client for predictions in asyncio programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from modelyard._connection import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_TARGET,
+    DEFAULT_TIMEOUT_S,
+    AsyncConnection,
+    ConnectionSettings,
+)
+from modelyard._predict_messages import Inputs, predict_request, prediction_from
+from modelyard._status import reading_answer
+from modelyard.prediction import Prediction
+from modelyard.v1.inference_service_pb2_grpc import InferenceServiceStub
+
+__all__ = ["AsyncClient"]
+
+
+class AsyncClient:
+    """Asks a modelyard server for predictions, without blocking the event loop.
+
+    Keeps one connection, so make one client and keep it. Any number of tasks of one event loop may
+    share it; it connects when it is first used and belongs to that loop from then on::
+
+        async with AsyncClient() as client:
+            prediction = await client.predict("sentiment", ["I like it", "I do not"])
+
+    Args: as those of ``Client``.
+
+    Raises: as ``Client``.
+    """
+
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        channel_credentials: grpc.ChannelCredentials | None = None,
+        identity: str | None = None,
+    ) -> None:
+        self._connection = AsyncConnection(
+            ConnectionSettings(
+                target=target,
+                timeout_s=timeout_s,
+                max_message_bytes=max_message_bytes,
+                channel_credentials=channel_credentials,
+                identity=identity,
+            )
+        )
+
+    async def predict(
+        self,
+        key: str,
+        inputs: Inputs,
+        *,
+        parameters: Mapping[str, object] | None = None,
+        timeout_s: float | None = None,
+    ) -> Prediction:
+        """Run the model that a key means and return its outputs, as ``Client.predict`` does.
+
+        Cancelling the task cancels the call; the server stops waiting for it, though not what it
+        has begun to compute.
+
+        Raises:
+            TypeError: an argument of a type that cannot be sent.
+            ValueError: an argument that cannot be sent.
+            ModelyardError: the server refused or failed.
+            RuntimeError: the client is closed, or in use on another event loop.
+        """
+        request = predict_request(key, inputs, parameters)
+        # A stub is a handful of bound methods; the channel is what is worth keeping.
+        stub = InferenceServiceStub(self._connection.channel())
+        response = await self._connection.call(stub.Predict, request, timeout_s)
+        with reading_answer(self._connection.settings.target):
+            return prediction_from(response)
+
+    async def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()

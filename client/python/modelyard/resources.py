@@ -1,0 +1,248 @@
+"""What a server has: models, devices, what is in memory, and the server itself. Values only.
+
+Each mirrors a message of the contract; ``name`` fields are resource names (``models/{model}``,
+``devices/{device}``), sizes are bytes, durations are seconds, times are aware and in UTC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+
+from modelyard._struct_messages import JsonValue
+from modelyard.devices import ComponentDevice, Device
+
+__all__ = [
+    "DeviceCharge",
+    "LoadFailure",
+    "ManagedDevice",
+    "Model",
+    "Residency",
+    "ResidencyState",
+    "ServerInfo",
+    "ServerStats",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A registered source of weights and the runtime that executes them.
+
+    Args:
+        name: resource name, ``models/{model}``.
+        keys: keys that mean this model, besides its id.
+        root: name of the server's folder that holds the weights; None for runtimes without any.
+        folder: folder below it.
+        runtime: what executes it, for instance ``transformers``.
+        task: what the runtime does with it; empty for runtimes that do one thing.
+        options: options of the runtime.
+        placement: where it lives. None when the server chooses, and when the placement names a
+            kind of device this version does not know.
+        estimated_bytes: bytes reserved for it before a load.
+        created_at: when it was registered.
+        etag: changes whenever the model changes.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    root: str | None
+    folder: str | None
+    runtime: str
+    task: str
+    options: Mapping[str, JsonValue]
+    placement: ComponentDevice | None
+    estimated_bytes: int
+    created_at: datetime | None
+    etag: str
+
+    @property
+    def id(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition("/")[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManagedDevice:
+    """A device the server manages, with its budget and what it holds.
+
+    Args:
+        name: resource name, ``devices/{device}``.
+        device: the device; None when it is of a kind this version does not know.
+        logical: True for a pool of host memory that stands for a device.
+        budget_bytes: most bytes that models may hold together.
+        reserved_bytes: promised to models that are being loaded.
+        resident_bytes: of models that are resident.
+        draining_bytes: of models that are being unloaded.
+        quarantined_bytes: what unloads should have given back and did not.
+        deficit_bytes: above the budget; repaid before anything else is loaded.
+        peak_accounted_bytes: highest sum of the four kinds since the server started.
+        measured_bytes: measured in the tensors the server holds there now.
+        peak_measured_bytes: highest value of the same.
+        load_count: models loaded onto it since the server started.
+        eviction_count: models evicted from it since the server started.
+        etag: changes whenever the budget changes.
+    """
+
+    name: str
+    device: Device | None
+    logical: bool
+    budget_bytes: int
+    reserved_bytes: int
+    resident_bytes: int
+    draining_bytes: int
+    quarantined_bytes: int
+    deficit_bytes: int
+    peak_accounted_bytes: int
+    measured_bytes: int
+    peak_measured_bytes: int
+    load_count: int
+    eviction_count: int
+    etag: str
+
+    @property
+    def id(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def accounted_bytes(self) -> int:
+        """Bytes that count against the budget: reserved, resident, draining and quarantined."""
+        return (
+            self.reserved_bytes + self.resident_bytes + self.draining_bytes + self.quarantined_bytes
+        )
+
+
+class ResidencyState(Enum):
+    """Where a model stands between cold and resident."""
+
+    UNKNOWN = "unknown"
+    """A state this version does not know."""
+    COLD = "cold"
+    """No weights in memory and nobody waits for them."""
+    QUEUED = "queued"
+    """Requests wait for it; its load has not begun."""
+    LOADING = "loading"
+    """Its bytes are reserved and its weights are being read."""
+    RESIDENT = "resident"
+    """Its weights are in memory and requests run."""
+    DRAINING = "draining"
+    """It takes no new requests and leaves when the running ones have ended."""
+    UNLOADING = "unloading"
+    """Its memory is being given back, and counts until that is measured."""
+    FAILED = "failed"
+    """Its last load failed; it is tried again later."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceCharge:
+    """Bytes on one device; ``device`` is its resource name."""
+
+    device: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFailure:
+    """Why a model's last load failed.
+
+    Args:
+        message: what is wrong with the model.
+        transient: True when the same files may load another time.
+        attempt_count: loads that have failed since one succeeded.
+        retry_at: requests before this time are refused at once.
+    """
+
+    message: str
+    transient: bool
+    attempt_count: int
+    retry_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residency:
+    """One model's place in memory. Every registered model has one.
+
+    Args:
+        name: resource name, ``residencies/{model}``.
+        model: resource name of the model.
+        state: where it stands.
+        charges: what it holds on each device.
+        pinned: True while it is never evicted.
+        lease_count: requests that use it now.
+        waiting_request_count: requests that wait for it now.
+        load_count: loads since the server started.
+        load_s: how long loading takes, as measured; None before the first load.
+        failure: set while the state is FAILED.
+        quarantined: what it should have given back and did not.
+    """
+
+    name: str
+    model: str
+    state: ResidencyState
+    charges: tuple[DeviceCharge, ...]
+    pinned: bool
+    lease_count: int
+    waiting_request_count: int
+    load_count: int
+    load_s: float | None
+    failure: LoadFailure | None
+    quarantined: tuple[DeviceCharge, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """What a server is.
+
+    Args:
+        version: version of modelyard.
+        library_versions: versions of what it stands on, by name.
+        started_at: when it started.
+        eviction_policy: name of the policy in use.
+        runtimes: runtimes it can execute.
+        process_id: process id on its machine.
+    """
+
+    version: str
+    library_versions: Mapping[str, str]
+    started_at: datetime | None
+    eviction_policy: str
+    runtimes: tuple[str, ...]
+    process_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStats:
+    """What a server has done since it started.
+
+    Args:
+        answered_count: predictions answered with outputs.
+        error_counts: predictions refused or failed, by reason.
+        hit_count: answered predictions that found their model resident.
+        cold_count: answered predictions that waited for a load.
+        load_count: loads that ended well.
+        load_failure_count: loads that failed.
+        eviction_count: models unloaded to make room or because a budget was lowered.
+        load_s: seconds spent loading, summed over loads.
+        active_request_count: predictions in progress.
+        waiting_request_count: requests that wait for a model now.
+        process_resident_bytes: resident set of the server's process.
+        peak_process_resident_bytes: highest value of the same since it started.
+    """
+
+    answered_count: int
+    error_counts: Mapping[str, int]
+    hit_count: int
+    cold_count: int
+    load_count: int
+    load_failure_count: int
+    eviction_count: int
+    load_s: float
+    active_request_count: int
+    waiting_request_count: int
+    process_resident_bytes: int
+    peak_process_resident_bytes: int

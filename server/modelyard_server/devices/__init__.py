@@ -1,0 +1,1 @@
+"""The devices of this machine: sizes, probes, and what a placement means."""

@@ -1,0 +1,1 @@
+"""Where models live and run: the engine seam and the lanes of the devices."""

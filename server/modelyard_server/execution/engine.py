@@ -1,0 +1,133 @@
+"""The engine seam: models live behind it and never cross it.
+
+Everything that goes in or out is plain data (ids, ModelSpec, TensorValue, byte counts), so that an
+engine can be threads of this process or processes of its own, and the rest of the server cannot
+tell.
+
+Who may call what: all methods from the event loop only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from modelyard_server.runtimes.api import JsonValue, ModelSpec, Price
+from modelyard_server.runtimes.tensors import TensorValue
+
+__all__ = ["DeviceMemory", "Engine", "EngineDevice", "ModelFailed", "RunOutcome", "Work"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineDevice:
+    """A device as the engine sees it.
+
+    Attributes:
+        name: of its lane.
+        torch_device: torch's name of it; "cpu" for logical devices, which are pools of host memory.
+        threads: intra-op threads of its lane.
+    """
+
+    name: str
+    torch_device: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """What the engine measures in the models it holds on one device.
+
+    Attributes:
+        measured_bytes: unique storages now, models being unloaded included.
+        peak_measured_bytes: highest value of it since the engine started.
+    """
+
+    measured_bytes: int
+    peak_measured_bytes: int
+
+
+class ModelFailed(Exception):
+    """The model raised while it ran.
+
+    Attributes:
+        exception_type: name of what it raised.
+        log_text: the full story with the traceback, for the server's log and for nobody else.
+    """
+
+    def __init__(self, exception_type: str, log_text: str) -> None:
+        super().__init__(exception_type)
+        self.exception_type = exception_type
+        self.log_text = log_text
+
+
+RunOutcome = tuple[TensorValue, ...] | BaseException
+"""Outputs, or TensorError, OptionError or ModelFailed."""
+
+
+class Work(Protocol):
+    """A request that was given to the engine."""
+
+    def abandon(self) -> None:
+        """Says that nobody wants the answer. Work that runs goes on until it ends."""
+
+
+class Engine(Protocol):
+    """Loads, runs and unloads models. A model is named by the yard's id for it."""
+
+    async def start(self, runtimes: Sequence[str]) -> None:
+        """Makes lanes, and pays in advance for what the first load by these runtimes would pay."""
+
+    async def stop(self) -> None:
+        """Ends the lanes after what runs, and drops every model."""
+
+    def check(self, spec: ModelSpec) -> None:
+        """Checks task and options. Raises OptionError."""
+
+    async def price(self, spec: ModelSpec) -> Price:
+        """Says what a model costs, from its files' headers. Raises ModelFilesError."""
+
+    async def load(self, model: int, spec: ModelSpec, device: int) -> int:
+        """Brings a model onto a device.
+
+        Returns:
+            Bytes it really holds.
+
+        Raises:
+            ModelFilesError: its files are not what they should be.
+            LoadCancelled: cancel_load said so.
+            Exception: the loader failed in another way. Nothing is held in any of these cases.
+        """
+
+    def cancel_load(self, model: int) -> None:
+        """Asks a load to stop. No effect on a model that is not being loaded."""
+
+    async def unload(self, model: int) -> int:
+        """Drops a model and waits until its memory is back.
+
+        Returns:
+            Bytes that are measurably back. The rest is still held by somebody; see recheck.
+        """
+
+    async def recheck(self, model: int) -> int:
+        """Looks again at what an unload could not get back. Returns bytes that are back since."""
+
+    def run(
+        self,
+        model: int,
+        inputs: Sequence[TensorValue],
+        parameters: Mapping[str, JsonValue],
+        on_done: Callable[[RunOutcome | None], None],
+    ) -> Work:
+        """Runs a model on its lane.
+
+        Args:
+            model: a loaded model; it must not be unloaded before on_done.
+            inputs: as they came, checked in themselves but not against the model.
+            parameters: of this run.
+            on_done: called on the loop, once, when the work has really ended, with the outputs or
+                the error; with None if it was abandoned before it began.
+        """
+
+    def memory(self, device: int) -> DeviceMemory:
+        """What is measured on a device."""

@@ -1,0 +1,192 @@
+"""What a runtime is: the only place that knows a framework.
+
+The server asks a runtime three things, in this order:
+
+    price   How many bytes will a load need? Answered from file headers, without reading weights.
+            Asked once, when the model is registered; the yard reserves the answer before a load.
+    load    Bring the weights onto one device. Runs in a thread of the engine, one load a device
+            at a time, but several devices at once: what a library cannot do from two threads, its
+            runtime does under a lock of its own.
+    run     Answer a batch. Runs on the device's lane, one at a time.
+
+A runtime is stateless but for caches it can rebuild. A loaded model owns its weights and nothing
+else owns them: after close() and when the caller has dropped the object, the memory is back. The
+engine checks that, by the witnesses.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+from weakref import ReferenceType
+
+from modelyard_server.runtimes.tensors import TensorValue
+
+__all__ = [
+    "JsonValue",
+    "LoadCancelled",
+    "LoadedModel",
+    "ModelFilesError",
+    "ModelSpec",
+    "OptionError",
+    "Price",
+    "Runtime",
+    "StopCheck",
+]
+
+JsonValue = Any
+"""A value of JSON or TOML: None, bool, int, float, str, list or dict of those."""
+
+StopCheck = Callable[[], bool]
+"""True once the load is no longer wanted. A load asks between steps and raises LoadCancelled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What to load. Plain data: it crosses the engine seam.
+
+    Attributes:
+        name: id of the model.
+        runtime: name of the runtime that executes it.
+        task: what the runtime does with it; empty for runtimes that do one thing.
+        folder: where its files are; None for runtimes that have none. Already checked to lie under
+            a configured root.
+        options: options of the runtime, as written in the configuration.
+    """
+
+    name: str
+    runtime: str
+    task: str = ""
+    folder: Path | None = None
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What a model costs in bytes, known before its weights are read.
+
+    Attributes:
+        resting_bytes: unique storages once it is loaded: parameters (tied ones once) and buffers.
+        peak_bytes: most that loading it holds at one time; at least resting_bytes. An upper bound.
+    """
+
+    resting_bytes: int
+    peak_bytes: int
+
+
+class OptionError(ValueError):
+    """A task, option or run parameter that the runtime does not know or cannot use.
+
+    Attributes:
+        option: its name; "task" for the task.
+        text: what is wrong and what is expected; shown to the client.
+    """
+
+    def __init__(self, option: str, text: str) -> None:
+        super().__init__(f"{option}: {text}")
+        self.option = option
+        self.text = text
+
+
+class ModelFilesError(Exception):
+    """The model's files are not what they should be.
+
+    Attributes:
+        text: what is wrong; shown to clients, so it holds file names relative to the model's folder
+            and no other path.
+        transient: True when the same files may load another time (an I/O error), False when
+            somebody must change them.
+    """
+
+    def __init__(self, text: str, *, transient: bool = False) -> None:
+        super().__init__(text)
+        self.text = text
+        self.transient = transient
+
+
+class LoadCancelled(Exception):
+    """The load was asked to stop and did."""
+
+
+class LoadedModel(ABC):
+    """A model whose weights are in memory."""
+
+    brief: ClassVar[bool] = False
+    """True if a run takes microseconds whatever the input, and never blocks. Its lane then need not
+    hand it to a thread, which alone takes longer."""
+
+    @abstractmethod
+    def run(
+        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
+    ) -> tuple[TensorValue, ...]:
+        """Answers one request.
+
+        Args:
+            inputs: at least one tensor, names distinct.
+            parameters: parameters of this run.
+
+        Returns:
+            The outputs in the model's own order, rows in the order of the inputs.
+
+        Raises:
+            TensorError: an input does not fit the model; raised before the model runs.
+            OptionError: an unknown or unusable parameter; raised before the model runs.
+            Exception: anything else is the model's failure.
+        """
+
+    @abstractmethod
+    def measured_bytes(self) -> int:
+        """Bytes of the unique storages the model holds now, parameters and buffers."""
+
+    @abstractmethod
+    def witnesses(self) -> tuple[ReferenceType[Any], ...]:
+        """Weak references to what holds the weights; all dead once the memory can be back."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drops every reference to the weights. The model is not run again."""
+
+
+class Runtime(ABC):
+    """Loads and runs one kind of model. Methods may be called from several threads."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the configuration calls it."""
+
+    def warm_up(self) -> None:  # noqa: B027 - nothing to do is a fine answer
+        """Pays in advance for what the first load would pay: imports, thread pools."""
+
+    @abstractmethod
+    def check(self, spec: ModelSpec) -> None:
+        """Checks task and options. Touches no files.
+
+        Raises:
+            OptionError: an unknown task or option, or a value it cannot use.
+        """
+
+    @abstractmethod
+    def price(self, spec: ModelSpec) -> Price:
+        """Says what the model costs, from headers and configuration files.
+
+        Raises:
+            ModelFilesError: files that can be seen to be no model of this runtime.
+        """
+
+    @abstractmethod
+    def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
+        """Brings the weights onto a device.
+
+        Args:
+            spec: what to load; has passed check.
+            device: torch's name of the device, for instance "cpu" or "cuda:1".
+            stop: asked between steps.
+
+        Raises:
+            ModelFilesError: the files are damaged, unsafe or not of this runtime.
+            LoadCancelled: stop said so. Nothing is held then.
+        """

@@ -1,0 +1,1 @@
+"""Thin services: translate, call, translate."""

@@ -1,0 +1,70 @@
+"""modelyard.v1.AdminService."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
+
+from modelyard.v1 import admin_service_pb2 as pb
+from modelyard_server.observability.process import peak_resident_bytes, resident_bytes
+from modelyard_server.residency.shell import Residency
+from modelyard_server.services.inference import InferenceFigures
+from modelyard_server.transport.api import Call
+
+__all__ = ["AdminService"]
+
+_LIBRARIES = ("grpcio", "protobuf", "safetensors", "torch", "transformers")
+
+
+class AdminService:
+    """Tells what the server is and what it has done."""
+
+    def __init__(
+        self, *, residency: Residency, figures: InferenceFigures, runtimes: Sequence[str]
+    ) -> None:
+        self._residency = residency
+        self._figures = figures
+        self._runtimes = tuple(sorted(runtimes))
+        self._started = datetime.now(UTC)
+
+    async def get_server_info(
+        self, request: pb.GetServerInfoRequest, call: Call
+    ) -> pb.GetServerInfoResponse:
+        """See AdminService.GetServerInfo."""
+        response = pb.GetServerInfoResponse(
+            version=_version("modelyard"),
+            library_versions={name: _version(name) for name in _LIBRARIES},
+            eviction_policy=self._residency.policy,
+            runtimes=self._runtimes,
+            process_id=os.getpid(),
+        )
+        response.start_time.FromDatetime(self._started)
+        return response
+
+    async def get_stats(self, request: pb.GetStatsRequest, call: Call) -> pb.GetStatsResponse:
+        """See AdminService.GetStats."""
+        figures, counters = self._figures, self._residency.counters
+        response = pb.GetStatsResponse(
+            answered_count=figures.answered_count,
+            error_counts=figures.error_counts,
+            hit_count=figures.hit_count,
+            cold_count=figures.cold_count,
+            load_count=counters.load_count,
+            load_failure_count=counters.load_failure_count,
+            eviction_count=counters.eviction_count,
+            active_request_count=figures.active_count,
+            waiting_request_count=self._residency.waiting_count,
+            process_resident_bytes=resident_bytes(),
+            peak_process_resident_bytes=peak_resident_bytes(),
+        )
+        response.load_duration.FromTimedelta(timedelta(seconds=counters.load_seconds))
+        return response
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,1 @@
+"""How bytes come in. Handlers behind it know no gRPC library."""

@@ -1,0 +1,53 @@
+"""The transport seam: what a handler gets and gives, whatever carries the bytes.
+
+A handler takes the message's bytes, the call's metadata and how long the caller will wait, and
+returns bytes or a status. It never sees a connection, a context or a library's type, so that a
+native front end can take grpc.aio's place without touching it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Call", "Handler", "Handlers", "StatusReply"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One unary call.
+
+    Attributes:
+        body: the request message, serialized.
+        metadata: what came with it, keys in lower case.
+        remaining_s: how long the caller will wait; None if it set no deadline.
+    """
+
+    body: bytes
+    metadata: Sequence[tuple[str, str | bytes]]
+    remaining_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusReply:
+    """A call that ends without a message.
+
+    Attributes:
+        code: gRPC status code, as a number.
+        text: for people.
+        details: a serialized google.rpc.Status; empty for none.
+        pushback_ms: for the client's retry policy: wait this long, or do not retry if negative.
+            None to leave it to the client.
+    """
+
+    code: int
+    text: str
+    details: bytes = b""
+    pushback_ms: int | None = None
+
+
+Handler = Callable[[Call], Awaitable[bytes | StatusReply]]
+"""Answers one unary call. Cancelled when the caller has gone. Raises nothing else."""
+
+Handlers = Mapping[str, Mapping[str, Handler]]
+"""Full service name to method name to handler."""
