@@ -1,6 +1,7 @@
 #include "modelyard/planner.hpp"
 
 #include <algorithm>
+#include <array>
 
 namespace modelyard {
 namespace {
@@ -23,6 +24,32 @@ struct GoesLater {
   }
 };
 
+// The devices that are short, as arrays: the loop over all residents is what a plan costs.
+struct ShortDevices {
+  explicit ShortDevices(const Charge& shortfall, std::span<const Bytes> budgets) {
+    shortfall.for_each([&](DeviceIndex d, Bytes) {
+      device[count] = d;
+      // A budget of zero makes any byte the whole of it.
+      const auto budget = std::max<std::int64_t>(budgets[position(d)].value, 1);
+      per_byte[count] = 1 / static_cast<double>(budget);
+      ++count;
+    });
+  }
+
+  // The share of the short devices' budgets that a model holds.
+  [[nodiscard]] double weight(const Charge& held) const {
+    double sum = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      sum += static_cast<double>(held.on(device[i]).value) * per_byte[i];
+    }
+    return sum;
+  }
+
+  std::array<DeviceIndex, kMaxDevices> device{};
+  std::array<double, kMaxDevices> per_byte{};
+  std::size_t count{0};
+};
+
 bool holds_any(const Charge& held, const Charge& missing) {
   bool any = false;
   missing.for_each([&](DeviceIndex device, Bytes) { any = any || held.on(device) > Bytes{0}; });
@@ -37,17 +64,12 @@ std::optional<Plan> plan_eviction(std::span<const Resident> residents, const Cha
   Plan plan;
   if (shortfall.empty()) return plan;
 
+  const ShortDevices short_devices(shortfall, budgets);
   std::vector<Scored> heap;
   heap.reserve(residents.size());
   for (std::uint32_t i = 0; i < residents.size(); ++i) {
     const Resident& resident = residents[i];
-    double weight = 0;
-    shortfall.for_each([&](DeviceIndex device, Bytes) {
-      const Bytes held = resident.held->on(device);
-      // A budget of zero makes any byte the whole of it.
-      const auto budget = std::max<std::int64_t>(budgets[position(device)].value, 1);
-      weight += static_cast<double>(held.value) / static_cast<double>(budget);
-    });
+    const double weight = short_devices.weight(*resident.held);
     if (weight <= 0) continue;
     const Candidate candidate{resident.entry, weight, resident.reload_seconds};
     heap.push_back({policy.score(candidate, now), i, resident.leased});

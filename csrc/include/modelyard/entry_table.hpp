@@ -55,22 +55,17 @@ struct Lease {
 
 /// A model as the core sees it.
 struct Entry {
-  std::string label;  ///< What people call it; for explanations only.
-  std::vector<Charge>
-      placements;  ///< What a load may take, one alternative of which is chosen at each load.
-  double reload_seconds{0};  ///< Expected, from measured loads; at first what the caller said.
-
+  // First, and together: what a scan for victims looks at in every entry.
   State state{State::kCold};
-  std::uint32_t placement{0};  ///< The alternative in use while held is not empty.
-  Charge held;  ///< Reserved while LOADING; really held while RESIDENT, DRAINING or UNLOADING.
-  Charge quarantined;  ///< Did not come back from an earlier unload.
-
   bool pinned{false};
   bool removed{false};      ///< Takes no requests; the slot is freed when nothing is held any more.
   bool leave_after{false};  ///< Asked to leave while LOADING: goes as soon as the load has ended.
-
   std::uint32_t lease_count{0};  ///< Requests that use it.
-  std::uint32_t waiting_count{0};
+  double reload_seconds{0};      ///< Expected, from measured loads; at first what the caller said.
+  Charge held;  ///< Reserved while LOADING; really held while RESIDENT, DRAINING or UNLOADING.
+
+  std::uint32_t placement{0};      ///< The alternative in use while held is not empty.
+  std::uint32_t waiting_count{0};  ///< Requests that wait for it, from the oldest to the newest.
   TicketId oldest{};
   TicketId newest{};
 
@@ -80,6 +75,9 @@ struct Entry {
 
   std::uint64_t load_count{0};
   std::uint64_t eviction_count{0};
+  Charge quarantined;              ///< Did not come back from earlier unloads.
+  std::vector<Charge> placements;  ///< What a load may take; each load chooses one of them.
+  std::string label;               ///< What people call it; for explanations only.
 };
 
 using EntryTable = SlotMap<Entry, ModelId>;

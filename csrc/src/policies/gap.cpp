@@ -18,17 +18,16 @@ void Gap::on_request(EntryIndex entry, RequestClock now) {
 
 double Gap::score(const Candidate& candidate, RequestClock now) const {
   const History& history = histories_[candidate.entry];
-  const double value = candidate.reload_seconds / candidate.weight;
   // A model nobody ever asked for (loaded by hand) counts as seen once, at the beginning of time.
-  const RequestClock last =
-      history.count == 0 ? 0 : history.times[(history.next + kRing - 1) % kRing];
+  const RequestClock last = history.count == 0 ? 0 : history.times[before(history.next, 1)];
   const auto age = static_cast<double>(now - std::min(last, now));
-  if (history.count < 2) return value * 0.3 / (age + 1);
+  if (history.count < 2) return 0.3 * candidate.reload_seconds / (candidate.weight * (age + 1));
 
-  const double gaps = history.count - 1;
-  const RequestClock first = history.times[(history.next + kRing - history.count) % kRing];
-  const auto span = static_cast<double>(last - first);
-  return value * gaps / std::max(1.0, span + std::max(0.0, age - span / gaps));
+  constexpr std::array<double, kRing> kMean{0, 1.0, 1.0 / 2, 1.0 / 3, 1.0 / 4};
+  const std::uint32_t gaps = history.count - 1;
+  const auto span = static_cast<double>(last - history.times[before(history.next, history.count)]);
+  const double late = std::max(0.0, age - span * kMean[gaps]);
+  return candidate.reload_seconds * gaps / (candidate.weight * std::max(1.0, span + late));
 }
 
 }  // namespace modelyard

@@ -40,6 +40,11 @@ class Gap final : public Policy {
     std::uint32_t count{0};  // Times in the ring.
   };
 
+  // The place in the ring `steps` before `place`, at most a whole round.
+  [[nodiscard]] static constexpr std::uint32_t before(std::uint32_t place, std::uint32_t steps) {
+    return place >= steps ? place - steps : place + kRing - steps;
+  }
+
   std::vector<History> histories_;
 };
 

@@ -1,0 +1,207 @@
+"""Task text-generation: what a causal language model writes behind a text."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from modelyard_server.runtimes.api import OptionError
+from modelyard_server.runtimes.conversion import to_value
+from modelyard_server.runtimes.hf.model import HfModel, chunks, texts_of
+from modelyard_server.runtimes.hf.tokenizing import TextTokenizer
+from modelyard_server.runtimes.options import OptionReader
+from modelyard_server.runtimes.tensors import DType, TensorValue
+
+__all__ = ["TextGenerator"]
+
+_DEFAULT_NEW_TOKENS = 20
+_MAX_NEW_TOKENS = 65_536
+_MAX_STOPS = 16
+_MIN_TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sampling:
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+
+
+class TextGenerator(HfModel):
+    """Continuations of texts.
+
+    Parameters:
+        max_new_tokens: most tokens to write a text, default 20. Together with the text's own they
+            must fit the model; of a longer text the end is kept.
+        temperature, top_k, top_p: sample instead of taking the likeliest token. Applied in this
+            order. Temperature 0 means not to sample.
+        seed: makes sampling repeatable; texts of one request draw independently of each other.
+        stop: a text or list of texts that end the writing; they are not part of the answer.
+
+    Outputs:
+        "text" TEXT [n], the continuation only; "token_count" INT64 [n], tokens written for it, the
+        end token or those of the stop text included.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        tokenizer: TextTokenizer,
+        *,
+        device: str,
+        batch_size: int,
+        max_length: int,
+        end_ids: Sequence[int],
+    ) -> None:
+        super().__init__(module, device=device)
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._max_length = max_length
+        self._end_ids = list(end_ids)
+
+    def _answer(
+        self, inputs: Sequence[TensorValue], parameters: OptionReader
+    ) -> tuple[TensorValue, ...]:
+        new_tokens = parameters.integer(
+            "max_new_tokens", _DEFAULT_NEW_TOKENS, low=1, high=_MAX_NEW_TOKENS
+        )
+        new_tokens = new_tokens or _DEFAULT_NEW_TOKENS
+        sampling = _sampling(parameters)
+        stops = parameters.texts("stop", limit=_MAX_STOPS) or ()
+        parameters.finish()
+        room = self._max_length - new_tokens
+        if room < 1:
+            raise OptionError(
+                "max_new_tokens", f"must be below the model's length of {self._max_length} tokens"
+            )
+        name, texts = texts_of(inputs)
+        self._tokenizer.limit(room, keep_end=True)
+        encodings = self._tokenizer.encode(name, texts)
+        answers: list[str] = []
+        counts: list[int] = []
+        for part in chunks(len(encodings), self._batch_size):
+            batch = self._tokenizer.batch(encodings[part], device=self._device, pad_left=True)
+            width = batch.ids.shape[1]
+            stopping = _StopTexts(self._tokenizer, stops, width, len(batch.ids))
+            written = self._module.generate(
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                generation_config=GenerationConfig.from_dict(
+                    {
+                        "max_new_tokens": new_tokens,
+                        "do_sample": False,
+                        "eos_token_id": self._end_ids or None,
+                        "pad_token_id": self._tokenizer.pad_id,
+                    }
+                ),
+                logits_processor=LogitsProcessorList(
+                    [] if sampling is None else [_Sampler(sampling, part.start, len(batch.ids))]
+                ),
+                stopping_criteria=StoppingCriteriaList([stopping] if stops else []),
+            )
+            for row, ids in enumerate(written[:, width:].tolist()):
+                text, count = self._cut(ids, stopping.lengths[row], stops)
+                answers.append(text)
+                counts.append(count)
+        return (
+            TensorValue(name="text", dtype=DType.TEXT, shape=(len(texts),), data=tuple(answers)),
+            to_value("token_count", torch.tensor(counts, dtype=torch.int64)),
+        )
+
+    def _cut(self, ids: list[int], stopped_at: int | None, stops: Sequence[str]) -> tuple[str, int]:
+        # Behind its end a row is filled up until the longest of its batch is done.
+        ids = ids[:stopped_at]
+        end = next((at for at, token in enumerate(ids) if token in self._end_ids), None)
+        count = len(ids) if end is None else end + 1
+        text = self._tokenizer.decode(ids[:end])
+        places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+        return text[: min(places)] if places else text, count
+
+
+def _sampling(parameters: OptionReader) -> _Sampling | None:
+    temperature = parameters.number("temperature", None, low=0.0, high=100.0)
+    top_k = parameters.integer("top_k", None, low=1, high=1_000_000)
+    top_p = parameters.number("top_p", None, low=0.0, high=1.0)
+    seed = parameters.integer("seed", None, low=0, high=2**53)
+    if temperature is not None and 0.0 < temperature < _MIN_TEMPERATURE:
+        # The logits are divided by it and would overflow.
+        raise OptionError("temperature", f"must be 0 or at least {_MIN_TEMPERATURE}")
+    if temperature == 0.0 or (temperature is None and top_k is None and top_p is None):
+        return None
+    if seed is None:
+        seed = secrets.randbits(53)
+    return _Sampling(
+        temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+
+
+class _Sampler(LogitsProcessor):
+    """Draws the next token itself and leaves only that one.
+
+    The library would draw from the process-wide generator, which a seed of one request must not
+    set while others run. Every text has a generator of its own.
+    """
+
+    def __init__(self, sampling: _Sampling, first_row: int, rows: int) -> None:
+        warpers: list[Any] = []
+        if sampling.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k is not None:
+            warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p is not None and sampling.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._warpers = warpers
+        # A prime far above any number of rows keeps the generators of two seeds apart.
+        self._generators = [
+            torch.Generator().manual_seed((sampling.seed * 1_000_003 + first_row + row) % 2**63)
+            for row in range(rows)
+        ]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for warper in self._warpers:
+            scores = warper(input_ids, scores)
+        chances = scores.float().softmax(dim=-1).cpu()
+        chosen = torch.stack(
+            [
+                torch.multinomial(row, 1, generator=generator)
+                for row, generator in zip(chances, self._generators, strict=True)
+            ]
+        ).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends a row when its continuation holds one of the stop texts, and notes where."""
+
+    def __init__(
+        self, tokenizer: TextTokenizer, stops: Sequence[str], width: int, rows: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._width = width
+        self.lengths: list[int | None] = [None] * rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for row, ids in enumerate(input_ids[:, self._width :].tolist()):
+            if self.lengths[row] is None:
+                text = self._tokenizer.decode(ids)
+                if any(stop in text for stop in self._stops):
+                    self.lengths[row] = len(ids)
+        return torch.tensor(
+            [length is not None for length in self.lengths], device=input_ids.device
+        )

@@ -1,0 +1,102 @@
+"""What all loaded models of the runtime share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from weakref import ReferenceType
+
+import torch
+
+from modelyard_server.runtimes.api import JsonValue, LoadedModel
+from modelyard_server.runtimes.frames import forget_frames
+from modelyard_server.runtimes.options import OptionReader
+from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
+from modelyard_server.weights.storages import unique_storage_bytes, witnesses
+
+__all__ = ["HfModel", "chunks", "labels_of", "only_input", "texts_of"]
+
+
+class HfModel(LoadedModel):
+    """A model of the library on one device. A task is a subclass with `_answer`."""
+
+    def __init__(self, module: torch.nn.Module, *, device: str) -> None:
+        self._held: torch.nn.Module | None = module
+        self._device = device
+
+    @property
+    def _module(self) -> Any:
+        """The model. Callers must not keep it in a frame that outlives `_answer`."""
+        if self._held is None:
+            raise RuntimeError("the model was closed")
+        return self._held
+
+    def run(
+        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
+    ) -> tuple[TensorValue, ...]:
+        """Answers one request; see the subclass for inputs, parameters and outputs."""
+        try:
+            with torch.inference_mode():
+                return self._answer(inputs, OptionReader(parameters))
+        except BaseException as error:
+            forget_frames(error)
+            raise
+
+    @abstractmethod
+    def _answer(
+        self, inputs: Sequence[TensorValue], parameters: OptionReader
+    ) -> tuple[TensorValue, ...]: ...
+
+    def measured_bytes(self) -> int:
+        """Bytes of the unique storages the model holds now."""
+        return 0 if self._held is None else unique_storage_bytes(self._held)
+
+    def witnesses(self) -> tuple[ReferenceType[Any], ...]:
+        """Weak references to the module, its parameters and its buffers."""
+        return () if self._held is None else witnesses(self._held)
+
+    def close(self) -> None:
+        """Drops the module."""
+        self._held = None
+
+
+def only_input(inputs: Sequence[TensorValue]) -> TensorValue:
+    """Returns the one input of a request.
+
+    Raises:
+        TensorError: there are more.
+    """
+    if len(inputs) != 1:
+        raise TensorError("", f"the model takes one input; {len(inputs)} were given")
+    return inputs[0]
+
+
+def texts_of(inputs: Sequence[TensorValue]) -> tuple[str, tuple[str, ...]]:
+    """Returns name and texts of the one TEXT tensor of shape [n].
+
+    Raises:
+        TensorError: another number, type or rank, or no text at all.
+    """
+    value = only_input(inputs)
+    if value.dtype is not DType.TEXT or len(value.shape) != 1:
+        raise TensorError(
+            value.name,
+            f"is {value.dtype.value} of shape {list(value.shape)}; the model takes TEXT of "
+            "shape [n]",
+        )
+    if not value.data:
+        raise TensorError(value.name, "holds no text; at least one is needed")
+    return value.name, tuple(text for text in value.data if isinstance(text, str))
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Yields the slices that cut `count` rows into pieces of at most `size`."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def labels_of(config: Any, count: int) -> tuple[str, ...]:
+    """Returns the names of a classifier's classes."""
+    names = getattr(config, "id2label", None) or {}
+    return tuple(str(names.get(index, f"LABEL_{index}")) for index in range(count))

@@ -1,0 +1,96 @@
+"""Runtime "identity": answers with what it was asked. For measuring the server itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
+
+from modelyard_server.runtimes.api import (
+    JsonValue,
+    LoadCancelled,
+    LoadedModel,
+    ModelSpec,
+    OptionError,
+    Price,
+    Runtime,
+    StopCheck,
+)
+from modelyard_server.runtimes.options import OptionReader
+from modelyard_server.runtimes.tensors import TensorValue
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["IdentityRuntime"]
+
+_MAX_SIZE_BYTES = 2**50
+
+
+class IdentityRuntime(Runtime):
+    """Loads models whose outputs are their inputs.
+
+    Options:
+        size_bytes: bytes of zeros that a loaded model holds, default 0, so that it takes room and
+            can be evicted like any other.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the configuration calls it."""
+        return "identity"
+
+    def check(self, spec: ModelSpec) -> None:
+        """Checks that there is no task, no folder and no unknown option."""
+        if spec.task:
+            raise OptionError("task", "must be left out: an identity model has none")
+        if spec.folder is not None:
+            raise OptionError("folder", "must be left out: an identity model has no files")
+        _size_bytes(spec)
+
+    def price(self, spec: ModelSpec) -> Price:
+        """Returns size_bytes."""
+        size_bytes = _size_bytes(spec)
+        return Price(resting_bytes=size_bytes, peak_bytes=size_bytes)
+
+    def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
+        """Allocates the ballast and touches every page of it."""
+        if stop():
+            raise LoadCancelled
+        size_bytes = _size_bytes(spec)
+        if size_bytes == 0:
+            return _IdentityModel(None)
+        import torch
+
+        # fill_ and not torch.zeros: the system hands out zeroed pages that take no memory yet.
+        return _IdentityModel(torch.empty(size_bytes, dtype=torch.uint8, device=device).fill_(0))
+
+
+def _size_bytes(spec: ModelSpec) -> int:
+    reader = OptionReader(spec.options)
+    size_bytes = reader.integer("size_bytes", 0, low=0, high=_MAX_SIZE_BYTES)
+    reader.finish()
+    return size_bytes or 0
+
+
+class _IdentityModel(LoadedModel):
+    brief = True
+
+    def __init__(self, ballast: torch.Tensor | None) -> None:
+        self._ballast = ballast
+
+    def run(
+        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
+    ) -> tuple[TensorValue, ...]:
+        for name in parameters:
+            raise OptionError(name[:64], "is not known here; an identity model has no parameters")
+        return tuple(inputs)
+
+    def measured_bytes(self) -> int:
+        return 0 if self._ballast is None else self._ballast.untyped_storage().nbytes()
+
+    def witnesses(self) -> tuple[ReferenceType[Any], ...]:
+        return () if self._ballast is None else (ref(self._ballast),)
+
+    def close(self) -> None:
+        self._ballast = None

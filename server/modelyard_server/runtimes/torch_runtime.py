@@ -1,0 +1,404 @@
+"""Runtime "torch": a module from a function the operator allows, and a safetensors state dict."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType
+
+from modelyard_server.runtimes.api import (
+    JsonValue,
+    LoadCancelled,
+    LoadedModel,
+    ModelFilesError,
+    ModelSpec,
+    OptionError,
+    Price,
+    Runtime,
+    StopCheck,
+)
+from modelyard_server.runtimes.frames import forget_frames
+from modelyard_server.runtimes.options import OptionReader
+from modelyard_server.runtimes.tensors import TensorError, TensorValue
+from modelyard_server.weights.model_files import shown
+from modelyard_server.weights.safetensors_files import Checkpoint, read_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+__all__ = ["TorchRuntime"]
+
+_MAX_NAMES = 64
+_CACHED = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    factory: str
+    factory_options: dict[str, JsonValue]
+    inputs: tuple[str, ...] | None
+    outputs: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """What a factory makes.
+
+    Attributes:
+        shapes: shapes of the state dict's tensors.
+        aliases: groups of names of the state dict that are one tensor.
+        computed_bytes: bytes of what is not in the state dict.
+        built_bytes: bytes that building it takes beside the weights: 0 if it can be built on meta.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    aliases: tuple[tuple[str, ...], ...]
+    computed_bytes: int
+    built_bytes: int
+
+
+class TorchRuntime(Runtime):
+    """Loads modules whose code the operator has installed and allowed.
+
+    The factory is called with factory_options and returns a torch.nn.Module. If it can be built on
+    the meta device it is, and no weight is initialised only to be overwritten. The weights are
+    model.safetensors (or shards) in the model's folder, with exactly the names of the state dict;
+    of tied names one is enough. Each is used in the type the file has it in.
+
+    Options:
+        factory: "module:function", one of the allowed ones. Required.
+        factory_options: table of its keyword arguments.
+        inputs: names of the inputs; default: what forward takes.
+        outputs: names of the outputs; default: the keys of a dict, else output_0, output_1, ...
+            Of a dict they choose and order.
+    """
+
+    def __init__(
+        self,
+        *,
+        allowed_factories: frozenset[str],
+        construction_lock: threading.Lock | None = None,
+    ) -> None:
+        self._allowed_factories = allowed_factories
+        self._construction_lock = construction_lock or threading.Lock()
+        self._lock = threading.Lock()
+        self._layouts: OrderedDict[str, _Layout] = OrderedDict()
+
+    @property
+    def name(self) -> str:
+        """What the configuration calls it."""
+        return "torch"
+
+    def warm_up(self) -> None:
+        """Imports torch and what the weights are mapped with."""
+        import modelyard_server.weights.mapping
+        import modelyard_server.weights.storages  # noqa: F401
+
+    def check(self, spec: ModelSpec) -> None:
+        """Checks the options; imports nothing and touches no files."""
+        if spec.task:
+            raise OptionError("task", "must be left out: the factory decides what the model does")
+        if spec.folder is None:
+            raise OptionError("folder", "is required: it holds the model's weights")
+        self._read_options(spec)
+
+    def price(self, spec: ModelSpec) -> Price:
+        """Says what a load takes: the weights as they are filed, and computed buffers."""
+        try:
+            checkpoint = read_checkpoint(_folder(spec))
+            layout = self._layout(self._read_options(spec))
+            _compare(layout, checkpoint)
+        except BaseException as error:
+            forget_frames(error)
+            raise
+        resting = checkpoint.size_bytes + layout.computed_bytes
+        return Price(resting_bytes=resting, peak_bytes=resting + layout.built_bytes)
+
+    def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
+        """Maps the weights, builds the module and binds them to it."""
+        try:
+            return self._load(spec, device, stop)
+        except BaseException as error:
+            forget_frames(error)
+            raise
+
+    def _read_options(self, spec: ModelSpec) -> _Options:
+        reader = OptionReader(spec.options)
+        factory = reader.text("factory")
+        factory_options = reader.table("factory_options")
+        inputs = reader.texts("inputs", limit=_MAX_NAMES)
+        outputs = reader.texts("outputs", limit=_MAX_NAMES)
+        reader.finish()
+        if factory is None:
+            raise OptionError("factory", 'is required, for instance "package.module:function"')
+        if factory not in self._allowed_factories:
+            raise OptionError("factory", "is not among the factories that the configuration allows")
+        return _Options(
+            factory=factory, factory_options=factory_options, inputs=inputs, outputs=outputs
+        )
+
+    def _layout(self, options: _Options) -> _Layout:
+        key = json.dumps([options.factory, options.factory_options], sort_keys=True, default=repr)
+        with self._lock:
+            if key in self._layouts:
+                self._layouts.move_to_end(key)
+                return self._layouts[key]
+        with self._construction_lock:
+            layout = _layout_of(*_construct(options))
+        with self._lock:
+            self._layouts[key] = layout
+            while len(self._layouts) > _CACHED:
+                self._layouts.popitem(last=False)
+        return layout
+
+    def _load(self, spec: ModelSpec, device: str, stop: StopCheck) -> LoadedModel:
+        from modelyard_server.weights.mapping import map_checkpoint
+
+        options = self._read_options(spec)
+        checkpoint = read_checkpoint(_folder(spec))
+        layout = self._layout(options)
+        _compare(layout, checkpoint)
+        _check_stop(stop)
+        weights = map_checkpoint(_folder(spec), checkpoint, stop=stop)
+        for names in layout.aliases:
+            held = next(name for name in names if name in weights)
+            for name in names:
+                weights.setdefault(name, weights[held])
+        with self._construction_lock:
+            _check_stop(stop)
+            module, _ = _construct(options)
+        _check_stop(stop)
+        # Before, not after: integers that take the place of a parameter cannot require gradients.
+        module.eval()
+        module.requires_grad_(False)
+        try:
+            module.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ModelFilesError("the weights do not fit the factory's module") from error
+        weights.clear()
+        if device != "cpu":
+            module.to(device)
+            _check_stop(stop)
+        return _TorchModel(module, options, device=device)
+
+
+def _folder(spec: ModelSpec) -> Path:
+    if spec.folder is None:
+        raise ModelFilesError("the model has no folder")
+    return spec.folder
+
+
+def _check_stop(stop: StopCheck) -> None:
+    if stop():
+        raise LoadCancelled
+
+
+def _construct(options: _Options) -> tuple[torch.nn.Module, bool]:
+    """Builds the module: without memory if that can be done, which the second value says."""
+    import torch
+
+    module_name, _, function_name = options.factory.partition(":")
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for part in function_name.split("."):
+            factory = getattr(factory, part)
+    except (ImportError, AttributeError) as error:
+        raise ModelFilesError(
+            f"factory {shown(options.factory)} cannot be imported; is its package installed?"
+        ) from error
+    module: Any
+    try:
+        with torch.device("meta"):
+            module = factory(**options.factory_options)
+        if isinstance(module, torch.nn.Module) and _is_complete_without_data(module):
+            return module, True
+    except Exception as error:
+        # Constructors that look at values cannot be built there. If it is broken, it is so below.
+        forget_frames(error)
+    try:
+        module = factory(**options.factory_options)
+    except Exception as error:
+        raise ModelFilesError(
+            f"factory {shown(options.factory)} fails with its factory_options "
+            f"({type(error).__name__})"
+        ) from error
+    if not isinstance(module, torch.nn.Module):
+        raise ModelFilesError(f"factory {shown(options.factory)} returns no torch.nn.Module")
+    return module, False
+
+
+def _is_complete_without_data(module: torch.nn.Module) -> bool:
+    """True if the state dict fills every tensor of a module that was built on meta."""
+    import torch
+
+    filled = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+    for part in module.modules():
+        # Buffers that are not saved, and tensors that somebody just hung on a module.
+        plain = [value for value in vars(part).values() if isinstance(value, torch.Tensor)]
+        for tensor in (*part.parameters(False), *part.buffers(False), *plain):
+            if tensor.is_meta and id(tensor) not in filled:
+                return False
+    return True
+
+
+def _layout_of(module: torch.nn.Module, on_meta: bool) -> _Layout:
+    from modelyard_server.weights.storages import unique_storage_bytes
+
+    state = {
+        name: tensor
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if hasattr(tensor, "untyped_storage")
+    }
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    built = unique_storage_bytes(module)
+    saved = {
+        (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        for tensor in state.values()
+        if not tensor.is_meta
+    }
+    return _Layout(
+        shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
+        aliases=tuple(tuple(group) for group in names.values() if len(group) > 1),
+        computed_bytes=built - sum(size for _, size in saved),
+        built_bytes=0 if on_meta else sum(size for _, size in saved),
+    )
+
+
+def _compare(layout: _Layout, checkpoint: Checkpoint) -> None:
+    tensors = checkpoint.tensors
+    optional = {
+        name
+        for group in layout.aliases
+        if any(other in tensors for other in group)
+        for name in group
+    }
+    for name, shape in layout.shapes.items():
+        if name not in tensors:
+            if name not in optional:
+                raise ModelFilesError(f"the weights lack {shown(name)}, which the factory makes")
+        elif tensors[name].shape != shape:
+            raise ModelFilesError(
+                f"{shown(name)} has shape {list(tensors[name].shape)} in the weights and "
+                f"{list(shape)} in the factory's module"
+            )
+    for name in tensors:
+        if name not in layout.shapes:
+            raise ModelFilesError(
+                f"the weights hold {shown(name)}, which the factory does not make"
+            )
+
+
+class _TorchModel(LoadedModel):
+    def __init__(self, module: torch.nn.Module, options: _Options, *, device: str) -> None:
+        self._module: torch.nn.Module | None = module
+        self._inputs = options.inputs
+        self._outputs = options.outputs
+        self._device = device
+        self._signature = inspect.signature(module.forward)
+
+    def run(
+        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
+    ) -> tuple[TensorValue, ...]:
+        import torch
+
+        try:
+            for name in parameters:
+                raise OptionError(name[:64], "is not known here; a torch model has no parameters")
+            with torch.inference_mode():
+                return self._answer(inputs)
+        except BaseException as error:
+            forget_frames(error)
+            raise
+
+    def _answer(self, inputs: Sequence[TensorValue]) -> tuple[TensorValue, ...]:
+        from modelyard_server.runtimes.conversion import to_torch, to_value
+
+        if self._module is None:
+            raise RuntimeError("the model was closed")
+        positional: list[torch.Tensor] = []
+        named: dict[str, torch.Tensor] = {}
+        for value in inputs:
+            tensor = to_torch(value, device=self._device)
+            if value.name:
+                named[value.name] = tensor
+            elif len(inputs) > 1:
+                raise TensorError("", "has no name; only a single input may go without")
+            elif self._inputs is not None:
+                named[self._inputs[0]] = tensor
+            else:
+                positional.append(tensor)
+        self._check_names(inputs, positional, named)
+        made = self._module(*positional, **named)
+        return tuple(to_value(name, tensor) for name, tensor in self._named(made))
+
+    def _check_names(
+        self,
+        inputs: Sequence[TensorValue],
+        positional: list[torch.Tensor],
+        named: dict[str, torch.Tensor],
+    ) -> None:
+        if self._inputs is not None:
+            for value in inputs:
+                if value.name and value.name not in self._inputs:
+                    raise TensorError(
+                        value.name, f"is no input; the model takes {', '.join(self._inputs)}"
+                    )
+            for name in self._inputs:
+                if name not in named:
+                    raise TensorError(name, "is missing")
+            return
+        try:
+            self._signature.bind(*positional, **named)
+        except TypeError:
+            takes = [
+                parameter.name
+                for parameter in self._signature.parameters.values()
+                if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            ]
+            raise TensorError(
+                inputs[0].name, f"and the others do not fit; the model takes {', '.join(takes)}"
+            ) from None
+
+    def _named(self, made: Any) -> list[tuple[str, torch.Tensor]]:
+        import torch
+
+        if isinstance(made, Mapping):
+            names = tuple(made) if self._outputs is None else self._outputs
+            missing = [name for name in names if name not in made]
+            if missing:
+                raise TypeError(f"the model made no output {missing[0]!r}")
+            values = [made[name] for name in names]
+        else:
+            values = list(made) if isinstance(made, tuple | list) else [made]
+            names = self._outputs or tuple(f"output_{index}" for index in range(len(values)))
+            if len(names) != len(values):
+                raise TypeError(f"the model made {len(values)} outputs instead of {len(names)}")
+        if not values or not all(isinstance(value, torch.Tensor) for value in values):
+            raise TypeError("the model made something that is no tensor, tuple or dict of tensors")
+        if not all(isinstance(name, str) and name for name in names):
+            raise TypeError("the model made a dict whose keys are no names")
+        return list(zip(names, values, strict=True))
+
+    def measured_bytes(self) -> int:
+        from modelyard_server.weights.storages import unique_storage_bytes
+
+        return 0 if self._module is None else unique_storage_bytes(self._module)
+
+    def witnesses(self) -> tuple[ReferenceType[Any], ...]:
+        from modelyard_server.weights.storages import witnesses
+
+        return () if self._module is None else witnesses(self._module)
+
+    def close(self) -> None:
+        self._module = None
+        # The signature was taken from the bound method and does not hold it.

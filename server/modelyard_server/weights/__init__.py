@@ -1,0 +1,1 @@
+"""Weights: reading safetensors, importing other checkpoints, counting what is really held."""
