@@ -24,37 +24,27 @@ struct GoesLater {
   }
 };
 
-// The devices that are short, as arrays: the loop over all residents is what a plan costs.
-struct ShortDevices {
-  explicit ShortDevices(const Charge& shortfall, std::span<const Bytes> budgets) {
-    shortfall.for_each([&](DeviceIndex d, Bytes) {
-      device[count] = d;
+// What a byte weighs on each device. The loop over all residents is what a plan costs: it
+// multiplies.
+struct Weights {
+  explicit Weights(std::span<const Bytes> budgets) {
+    for (std::size_t i = 0; i < budgets.size(); ++i) {
       // A budget of zero makes any byte the whole of it.
-      const auto budget = std::max<std::int64_t>(budgets[position(d)].value, 1);
-      per_byte[count] = 1 / static_cast<double>(budget);
-      ++count;
-    });
+      per_byte[i] = 1 / static_cast<double>(std::max<std::int64_t>(budgets[i].value, 1));
+    }
   }
 
   // The share of the short devices' budgets that a model holds.
-  [[nodiscard]] double weight(const Charge& held) const {
+  [[nodiscard]] double of(const Charge& held, const Charge& shortfall) const {
     double sum = 0;
-    for (std::size_t i = 0; i < count; ++i) {
-      sum += static_cast<double>(held.on(device[i]).value) * per_byte[i];
-    }
+    held.for_each_shared(shortfall, [&](DeviceIndex d, Bytes amount) {
+      sum += static_cast<double>(amount.value) * per_byte[position(d)];
+    });
     return sum;
   }
 
-  std::array<DeviceIndex, kMaxDevices> device{};
   std::array<double, kMaxDevices> per_byte{};
-  std::size_t count{0};
 };
-
-bool holds_any(const Charge& held, const Charge& missing) {
-  bool any = false;
-  missing.for_each([&](DeviceIndex device, Bytes) { any = any || held.on(device) > Bytes{0}; });
-  return any;
-}
 
 }  // namespace
 
@@ -64,12 +54,12 @@ std::optional<Plan> plan_eviction(std::span<const Resident> residents, const Cha
   Plan plan;
   if (shortfall.empty()) return plan;
 
-  const ShortDevices short_devices(shortfall, budgets);
+  const Weights weights(budgets);
   std::vector<Scored> heap;
   heap.reserve(residents.size());
   for (std::uint32_t i = 0; i < residents.size(); ++i) {
     const Resident& resident = residents[i];
-    const double weight = short_devices.weight(*resident.held);
+    const double weight = weights.of(*resident.held, shortfall);
     if (weight <= 0) continue;
     const Candidate candidate{resident.entry, weight, resident.reload_seconds};
     heap.push_back({policy.score(candidate, now), i, resident.leased});
@@ -84,7 +74,7 @@ std::optional<Plan> plan_eviction(std::span<const Resident> residents, const Cha
     const Scored next = heap.back();
     heap.pop_back();
     const Charge& held = *residents[next.resident].held;
-    if (!holds_any(held, missing)) continue;  // What it holds is not short any more.
+    if (!held.overlaps(missing)) continue;  // What it holds is not short any more.
     missing = missing.saturating_minus(held);
     chosen.push_back(next);
   }

@@ -28,6 +28,15 @@ class Charge {
 
   [[nodiscard]] bool empty() const { return mask_ == 0; }
 
+  /// True if both charge some device.
+  [[nodiscard]] bool overlaps(const Charge& other) const { return (mask_ & other.mask_) != 0; }
+
+  /// Calls f(DeviceIndex, Bytes) for every device with a non-zero amount that `other` charges too.
+  template <typename F>
+  void for_each_shared(const Charge& other, F&& f) const {
+    each(mask_ & other.mask_, f);
+  }
+
   /// Sum over the devices. May be above kMaxBytes.
   [[nodiscard]] Bytes total() const;
 
@@ -51,15 +60,20 @@ class Charge {
   /// Calls f(DeviceIndex, Bytes) for every device with a non-zero amount, in order.
   template <typename F>
   void for_each(F&& f) const {
-    for (std::uint32_t left = mask_; left != 0; left &= left - 1) {
-      const auto device = static_cast<DeviceIndex>(std::countr_zero(left));
-      f(device, amounts_[position(device)]);
-    }
+    each(mask_, f);
   }
 
   friend bool operator==(const Charge&, const Charge&) = default;
 
  private:
+  template <typename F>
+  void each(std::uint32_t mask, F& f) const {
+    for (std::uint32_t left = mask; left != 0; left &= left - 1) {
+      const auto device = static_cast<DeviceIndex>(std::countr_zero(left));
+      f(device, amounts_[position(device)]);
+    }
+  }
+
   std::array<Bytes, kMaxDevices> amounts_{};
   std::uint32_t mask_{0};
   static_assert(kMaxDevices <= 32, "the mask has one bit for each device");

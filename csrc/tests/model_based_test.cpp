@@ -1,0 +1,262 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "event.hpp"
+#include "harness.hpp"
+#include "modelyard/yard.hpp"
+#include "random_events.hpp"
+#include "referee.hpp"
+
+namespace modelyard::test {
+namespace {
+
+// How often each kind of action was seen, so that a test that never gets anywhere is noticed.
+struct Seen {
+  std::map<std::string, std::size_t> actions;
+  std::size_t steps{0};
+};
+
+void count(const Outcome& outcome, Seen& seen) {
+  for (const Action& action : outcome.actions) {
+    std::string name = "wake";
+    if (std::holds_alternative<Grant>(action)) name = "grant";
+    if (std::holds_alternative<Load>(action)) name = "load";
+    if (std::holds_alternative<CancelLoad>(action)) name = "cancel_load";
+    if (std::holds_alternative<Drain>(action)) name = "drain";
+    if (std::holds_alternative<Unload>(action)) name = "unload";
+    if (const auto* refuse = std::get_if<Refuse>(&action)) {
+      name = "refuse " + std::string(to_string(refuse->reason));
+    }
+    ++seen.actions[name];
+  }
+}
+
+// One random life of a yard: bursts of events, after each of which faults stop and everybody
+// releases.
+std::optional<std::string> live(std::uint32_t seed, int bursts, int steps, Seen& seen) {
+  SeededSource source(seed);
+  const YardOptions options = draw_options(source);
+  Session session(make_yard(options), options);
+  EventMaker maker(source, 3 + source.below(10));
+  for (int burst = 0; burst < bursts; ++burst) {
+    for (int step = 0; step < steps && !session.violation(); ++step) {
+      count(session.step(maker.next(session.referee())), seen);
+      ++seen.steps;
+    }
+    session.settle();
+    if (session.violation()) return session.violation();
+  }
+  session.tear_down();
+  return session.violation();
+}
+
+TEST(ModelBased, RandomLivesKeepEveryPromise) {
+  Seen seen;
+  for (std::uint32_t seed = 1; seed <= 300; ++seed) {
+    const std::optional<std::string> violation = live(seed, 4, 500, seen);
+    ASSERT_FALSE(violation) << "seed " << seed << ": " << *violation;
+  }
+  EXPECT_GE(seen.steps, 600000U);
+  for (const char* action :
+       {"grant", "load", "cancel_load", "drain", "unload", "wake", "refuse NEVER_FITS",
+        "refuse BUDGET_EXHAUSTED", "refuse QUEUE_FULL", "refuse LOAD_FAILED",
+        "refuse DEADLINE_IN_QUEUE", "refuse DEADLINE_IN_LOAD", "refuse REMOVED"}) {
+    EXPECT_GT(seen.actions[action], 50U) << "the events are too tame: " << action;
+  }
+}
+
+// --- Negative controls: a referee that catches nothing is worth nothing --------------------------
+
+// Lets a random life go on until `corrupt` has changed an observation, and returns what the referee
+// says then.
+using Corruption = std::function<bool(Event&, Outcome&, const Referee&)>;
+
+std::optional<std::string> verdict_on(const Corruption& corrupt) {
+  for (std::uint32_t seed = 1; seed <= 20; ++seed) {
+    SeededSource source(seed);
+    YardOptions options = draw_options(source);
+    options.max_waiting_per_model = 100;
+    options.max_waiting = 1000;
+    Yard yard = make_yard(options);
+    Referee referee(options);
+    EventMaker maker(source, 8);
+    for (int step = 0; step < 3000; ++step) {
+      Event event = maker.next(referee);
+      Outcome outcome = apply(yard, event);
+      const bool corrupted = corrupt(event, outcome, referee);
+      const Referee::Verdict verdict = referee.judge(event, outcome, yard);
+      if (corrupted) return verdict;
+      if (verdict) return "before the corruption: " + *verdict;
+    }
+  }
+  return "the corruption never applied";
+}
+
+// Drops the first action of a kind.
+template <typename Kind>
+bool drop(Actions& actions) {
+  const auto found = std::find_if(actions.begin(), actions.end(), [](const Action& action) {
+    return std::holds_alternative<Kind>(action);
+  });
+  if (found == actions.end()) return false;
+  actions.erase(found);
+  return true;
+}
+
+template <typename Kind>
+bool repeat(Actions& actions) {
+  const auto found = std::find_if(actions.begin(), actions.end(), [](const Action& action) {
+    return std::holds_alternative<Kind>(action);
+  });
+  if (found == actions.end()) return false;
+  const Action again = *found;
+  actions.push_back(again);
+  return true;
+}
+
+void expect_caught(const std::string& what, const Corruption& corrupt) {
+  const std::optional<std::string> verdict = verdict_on(corrupt);
+  ASSERT_TRUE(verdict) << "not caught: " << what;
+  EXPECT_EQ(verdict->find("before the corruption"), std::string::npos) << what << ": " << *verdict;
+  EXPECT_EQ(verdict->find("never applied"), std::string::npos) << what << ": " << *verdict;
+}
+
+TEST(Referee, CatchesActionsThatAreLost) {
+  expect_caught("a lost grant",
+                [](Event&, Outcome& seen, const Referee&) { return drop<Grant>(seen.actions); });
+  expect_caught("a lost load",
+                [](Event&, Outcome& seen, const Referee&) { return drop<Load>(seen.actions); });
+  expect_caught("a lost unload",
+                [](Event&, Outcome& seen, const Referee&) { return drop<Unload>(seen.actions); });
+  expect_caught("a lost drain",
+                [](Event&, Outcome& seen, const Referee&) { return drop<Drain>(seen.actions); });
+  expect_caught("a lost refusal",
+                [](Event&, Outcome& seen, const Referee&) { return drop<Refuse>(seen.actions); });
+}
+
+TEST(Referee, CatchesTicketsThatEndTwice) {
+  expect_caught("a grant twice",
+                [](Event&, Outcome& seen, const Referee&) { return repeat<Grant>(seen.actions); });
+  expect_caught("a refusal twice",
+                [](Event&, Outcome& seen, const Referee&) { return repeat<Refuse>(seen.actions); });
+  expect_caught("a load twice",
+                [](Event&, Outcome& seen, const Referee&) { return repeat<Load>(seen.actions); });
+}
+
+TEST(Referee, CatchesALostWake) {
+  expect_caught("a lost wake for a deadline", [](Event& event, Outcome& seen,
+                                                 const Referee& referee) {
+    const bool first = referee.wake_at() == kNever && event.kind == EventKind::kRequest &&
+                       event.deadline != kNever && !seen.error;
+    const bool waits = std::none_of(seen.actions.begin(), seen.actions.end(), [](const Action& a) {
+      return std::holds_alternative<Grant>(a) || std::holds_alternative<Refuse>(a);
+    });
+    return first && waits && drop<WakeAt>(seen.actions);
+  });
+}
+
+TEST(Referee, CatchesAnUnloadOfAModelInUse) {
+  expect_caught("an unload of a leased model", [](Event&, Outcome& seen, const Referee& referee) {
+    for (const auto& [id, model] : referee.models()) {
+      if (model.phase != Referee::Phase::kResident || model.leases.empty() || seen.error) continue;
+      seen.actions.insert(seen.actions.begin(), Unload{id});
+      return true;
+    }
+    return false;
+  });
+}
+
+TEST(Referee, CatchesAnActionOnAPinnedModel) {
+  expect_caught(
+      "an unload of a pinned model", [](Event& event, Outcome& seen, const Referee& referee) {
+        for (const auto& [id, model] : referee.models()) {
+          const bool stays = model.phase == Referee::Phase::kResident && model.leases.empty();
+          if (!model.pinned || model.removed || !stays || seen.error) continue;
+          if (event.kind != EventKind::kTick) continue;
+          seen.actions.insert(seen.actions.begin(), Unload{id});
+          return true;
+        }
+        return false;
+      });
+}
+
+TEST(Referee, CatchesALoadOverBudget) {
+  const YardOptions wanted = options({100});
+  Yard yard = make_yard(wanted);
+  Referee referee(wanted);
+  std::vector<ModelId> ids;
+  Event event;
+  event.kind = EventKind::kAddModel;
+  event.spec.placements = {charge({{0, 60}})};
+  for (int i = 0; i < 2; ++i) {
+    const Outcome outcome = apply(yard, event);
+    ASSERT_EQ(referee.judge(event, outcome, yard), std::nullopt);
+    ids.push_back(outcome.model);
+  }
+  event = Event{};
+  event.kind = EventKind::kRequest;
+  event.model = ids[0];
+  ASSERT_EQ(referee.judge(event, apply(yard, event), yard), std::nullopt);
+  event.model = ids[1];
+  Outcome outcome = apply(yard, event);
+  outcome.actions.push_back(Load{ids[1], 0});
+  const Referee::Verdict verdict = referee.judge(event, outcome, yard);
+  ASSERT_TRUE(verdict);
+  EXPECT_NE(verdict->find("over budget"), std::string::npos) << *verdict;
+}
+
+TEST(Referee, CatchesAFactThatTheYardDidNotHear) {
+  expect_caught("an unload that freed less than the yard was told",
+                [](Event& event, Outcome& seen, const Referee&) {
+                  if (event.kind != EventKind::kUnloadDone || seen.error || event.charge.empty()) {
+                    return false;
+                  }
+                  event.charge = Charge{};
+                  return true;
+                });
+  expect_caught("a load that took more than the yard was told",
+                [](Event& event, Outcome& seen, const Referee&) {
+                  if (event.kind != EventKind::kLoadDone || seen.error) return false;
+                  event.charge.set(device(0), event.charge.on(device(0)) + Bytes{1});
+                  return true;
+                });
+}
+
+TEST(Referee, CatchesAnErrorThatShouldHaveBeenASuccess) {
+  expect_caught("a failed tick", [](Event& event, Outcome& seen, const Referee&) {
+    if (event.kind != EventKind::kTick) return false;
+    seen.error = ErrorCode::kWrongState;
+    return true;
+  });
+}
+
+TEST(Session, ReportsATicketThatWaitsForEver) {
+  // A closed device cannot be settled around if nobody opens it: here the yard is closed behind the
+  // referee's back.
+  const YardOptions wanted = options({100});
+  Session session(make_yard(wanted), wanted);
+  Event event;
+  event.kind = EventKind::kAddModel;
+  event.spec.placements = {charge({{0, 60}})};
+  const ModelId a = session.step(event).model;
+  Actions out;
+  ASSERT_TRUE(session.yard().set_device_closed(device(0), true, Tick{}, out).ok());
+  event = Event{};
+  event.kind = EventKind::kRequest;
+  event.model = a;
+  session.step(event);
+  session.settle();
+  EXPECT_TRUE(session.violation());
+}
+
+}  // namespace
+}  // namespace modelyard::test

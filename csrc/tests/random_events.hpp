@@ -1,0 +1,273 @@
+#pragma once
+
+#include <cstdint>
+#include <iterator>
+#include <map>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "event.hpp"
+#include "modelyard/yard.hpp"
+#include "referee.hpp"
+
+namespace modelyard::test {
+
+/// Draws from a seeded generator; the same on every machine.
+class SeededSource {
+ public:
+  explicit SeededSource(std::uint32_t seed) : random_(seed) {}
+  [[nodiscard]] std::uint32_t below(std::uint32_t n) {
+    return static_cast<std::uint32_t>(random_() % n);
+  }
+
+ private:
+  std::mt19937 random_;
+};
+
+/// Draws from a fuzzer's bytes, and zero when they are used up.
+class ByteSource {
+ public:
+  ByteSource(const std::uint8_t* data, std::size_t size) : data_(data), left_(size) {}
+  [[nodiscard]] bool empty() const { return left_ == 0; }
+  [[nodiscard]] std::uint32_t below(std::uint32_t n) {
+    std::uint32_t value = next();
+    if (n > 256) value = value << 8 | next();
+    return value % n;
+  }
+
+ private:
+  std::uint32_t next() {
+    if (left_ == 0) return 0;
+    --left_;
+    return *data_++;
+  }
+
+  const std::uint8_t* data_;
+  std::size_t left_;
+};
+
+template <typename Source>
+YardOptions draw_options(Source& source) {
+  YardOptions drawn;
+  const std::uint32_t devices = 1 + source.below(4);
+  for (std::uint32_t i = 0; i < devices; ++i) {
+    drawn.budgets.push_back(Bytes{60 + static_cast<std::int64_t>(source.below(80))});
+  }
+  drawn.policy = source.below(2) == 0 ? "gap" : "lru";
+  drawn.max_waiting_per_model = 1 + source.below(6);
+  drawn.max_waiting = 1 + source.below(16);
+  drawn.load_channels_per_device = 1 + source.below(3);
+  drawn.overdue_after = seconds{1 + source.below(40)};
+  drawn.backoff_max = seconds{1 + source.below(30)};
+  drawn.explain_capacity = 64;
+  return drawn;
+}
+
+/// Makes events that mostly make sense: loads and unloads that run come to an end, leases are
+/// released, tickets cancelled, time passes. Some do not make sense on purpose: stale ids, wrong
+/// states, bad charges, a clock that runs backwards.
+template <typename Source>
+class EventMaker {
+ public:
+  EventMaker(Source& source, std::uint32_t most_models)
+      : source_(source), most_models_(most_models) {}
+
+  [[nodiscard]] Event next(const Referee& referee) {
+    Event event;
+    pass_time(referee);
+    event.now = now_;
+    const std::uint32_t draw = source_.below(100);
+    if (referee.models().empty() || draw < 3) return add(event, referee);
+    if (draw < 30) return request(event, referee);
+    if (draw < 38) return of(event, EventKind::kTryAcquire, any_model(referee));
+    if (draw < 54) return release(event, referee);
+    if (draw < 58) return cancel(event, referee);
+    if (draw < 78) return end_io(event, referee);
+    if (draw < 82) return of(event, EventKind::kTick, ModelId{});
+    if (draw < 84) return of(event, EventKind::kPin, any_model(referee));
+    if (draw < 87) return of(event, EventKind::kUnpin, any_model(referee));
+    if (draw < 89) return of(event, EventKind::kUnload, any_model(referee));
+    if (draw < 91) return set_budget(event, referee);
+    if (draw < 93) return set_closed(event, referee);
+    if (draw < 94) return of(event, EventKind::kRemoveModel, any_model(referee));
+    if (draw < 95) return update(event, referee);
+    if (draw < 97) return remeasure(event, referee);
+    if (draw < 98) return reclaim(event, referee);
+    return nonsense(event, referee);
+  }
+
+ private:
+  using Phase = Referee::Phase;
+
+  static Event of(Event event, EventKind kind, ModelId model) {
+    event.kind = kind;
+    event.model = model;
+    return event;
+  }
+
+  void pass_time(const Referee& referee) {
+    switch (source_.below(16)) {
+      case 0:
+        now_ += seconds{source_.below(12)};
+        break;
+      case 1:
+        if (referee.wake_at() != kNever && referee.wake_at() > now_) now_ = referee.wake_at();
+        break;
+      case 2:
+      case 3:
+      case 4:
+        now_ += milliseconds{source_.below(900)};
+        break;
+      case 5:
+        if (source_.below(8) == 0) now_ -= seconds{source_.below(5)};
+        break;
+      default:
+        break;
+    }
+  }
+
+  template <typename Map>
+  [[nodiscard]] auto pick(const Map& from) {
+    return std::next(from.begin(), source_.below(static_cast<std::uint32_t>(from.size())));
+  }
+  [[nodiscard]] ModelId any_model(const Referee& referee) { return pick(referee.models())->first; }
+
+  [[nodiscard]] Charge draw_charge(const Referee& referee, std::uint32_t most) {
+    Charge drawn;
+    const auto devices = static_cast<std::uint32_t>(referee.device_count());
+    const std::uint32_t parts = 1 + source_.below(2);
+    for (std::uint32_t i = 0; i < parts; ++i) {
+      drawn.set(device(source_.below(devices)), Bytes{source_.below(most)});
+    }
+    return drawn;
+  }
+  [[nodiscard]] std::vector<Charge> draw_placements(const Referee& referee) {
+    std::vector<Charge> drawn;
+    const std::uint32_t count = source_.below(3) == 0 ? 1 + source_.below(3) : 1;
+    for (std::uint32_t i = 0; i < count; ++i) {
+      drawn.push_back(draw_charge(referee, source_.below(20) == 0 ? 200 : 75));
+    }
+    return drawn;
+  }
+  // Mostly the very charge, sometimes a little less or more on some devices.
+  [[nodiscard]] Charge near(const Charge& held, const Referee& referee) {
+    Charge drawn = held;
+    if (source_.below(4) != 0) return drawn;
+    for (std::uint32_t i = 0; i < referee.device_count(); ++i) {
+      if (source_.below(3) != 0) continue;
+      const std::int64_t change = static_cast<std::int64_t>(source_.below(41)) - 25;
+      drawn.set(device(i), Bytes{std::max<std::int64_t>(0, held.on(device(i)).value + change)});
+    }
+    return drawn;
+  }
+  [[nodiscard]] Charge part_of(const Charge& held) {
+    Charge drawn = held;
+    if (source_.below(6) != 0) return drawn;
+    held.for_each([&](DeviceIndex at, Bytes bytes) {
+      drawn.set(at, Bytes{source_.below(static_cast<std::uint32_t>(bytes.value) + 1)});
+    });
+    return drawn;
+  }
+
+  [[nodiscard]] Event add(Event event, const Referee& referee) {
+    if (referee.models().size() >= most_models_) return request(event, referee);
+    event.kind = EventKind::kAddModel;
+    event.spec.placements = draw_placements(referee);
+    event.spec.reload_seconds = 0.1 * (1 + source_.below(100));
+    return event;
+  }
+  [[nodiscard]] Event request(Event event, const Referee& referee) {
+    event = of(event, EventKind::kRequest, any_model(referee));
+    if (source_.below(3) == 0) event.deadline = now_ + seconds{source_.below(50)} - seconds{1};
+    return event;
+  }
+  [[nodiscard]] Event release(Event event, const Referee& referee) {
+    if (referee.leases().empty()) return end_io(event, referee);
+    event.kind = EventKind::kRelease;
+    event.lease = pick(referee.leases())->first;
+    return event;
+  }
+  [[nodiscard]] Event cancel(Event event, const Referee& referee) {
+    if (referee.tickets().empty()) return request(event, referee);
+    event.kind = EventKind::kCancel;
+    event.ticket = pick(referee.tickets())->first;
+    return event;
+  }
+  [[nodiscard]] Event end_io(Event event, const Referee& referee) {
+    std::vector<ModelId> running;
+    for (const auto& [id, model] : referee.models()) {
+      if (model.phase == Phase::kLoading || model.phase == Phase::kUnloading) running.push_back(id);
+    }
+    if (running.empty()) return request(event, referee);
+    event.model = running[source_.below(static_cast<std::uint32_t>(running.size()))];
+    const Referee::Model& model = referee.models().at(event.model);
+    if (model.phase == Phase::kUnloading) {
+      event.kind = EventKind::kUnloadDone;
+      event.charge = part_of(model.held);
+    } else if (source_.below(6) == 0 || model.stopping) {
+      event.kind = EventKind::kLoadFailed;
+      event.failure = static_cast<LoadFailure>(model.stopping ? 2 : source_.below(3));
+    } else {
+      event.kind = EventKind::kLoadDone;
+      event.charge = near(model.held, referee);
+      event.took = milliseconds{source_.below(5000)};
+    }
+    return event;
+  }
+  [[nodiscard]] Event set_budget(Event event, const Referee& referee) {
+    event.kind = EventKind::kSetBudget;
+    event.device = device(source_.below(static_cast<std::uint32_t>(referee.device_count())));
+    event.budget = Bytes{source_.below(10) == 0 ? 0 : 40 + source_.below(110)};
+    return event;
+  }
+  [[nodiscard]] Event set_closed(Event event, const Referee& referee) {
+    event.kind = EventKind::kSetClosed;
+    event.device = device(source_.below(static_cast<std::uint32_t>(referee.device_count())));
+    event.closed = source_.below(3) == 0;
+    return event;
+  }
+  [[nodiscard]] Event update(Event event, const Referee& referee) {
+    event = of(event, EventKind::kUpdatePlacements, any_model(referee));
+    event.spec.placements = draw_placements(referee);
+    return event;
+  }
+  [[nodiscard]] Event remeasure(Event event, const Referee& referee) {
+    event = of(event, EventKind::kRemeasured, any_model(referee));
+    event.charge = near(referee.models().at(event.model).held, referee);
+    return event;
+  }
+  [[nodiscard]] Event reclaim(Event event, const Referee& referee) {
+    event.model = any_model(referee);
+    for (const auto& [id, model] : referee.models()) {
+      if (!model.quarantined.empty()) event.model = id;
+    }
+    event.kind = EventKind::kReclaimed;
+    event.charge = part_of(referee.models().at(event.model).quarantined);
+    return event;
+  }
+  // Events that a broken shell might send. The referee knows which of them are errors.
+  [[nodiscard]] Event nonsense(Event event, const Referee& referee) {
+    event = of(event, static_cast<EventKind>(source_.below(18)), any_model(referee));
+    if (source_.below(3) == 0) {
+      const auto raw = static_cast<std::uint64_t>(event.model);
+      event.model = static_cast<ModelId>(raw ^ (std::uint64_t{1 + source_.below(3)} << 32));
+    }
+    event.ticket = static_cast<TicketId>(source_.below(1000));
+    event.lease = static_cast<LeaseId>(std::uint64_t{source_.below(4)} << 32 | source_.below(10));
+    event.device = device(source_.below(20));
+    event.budget = Bytes{static_cast<std::int64_t>(source_.below(3)) - 1};
+    if (event.budget.value == 1) event.budget = Bytes{kMaxBytes + 1};
+    event.charge.set(device(source_.below(kMaxDevices)), Bytes{source_.below(200)});
+    if (source_.below(2) == 0) event.spec.placements = {event.charge};
+    event.spec.reload_seconds = static_cast<double>(source_.below(3)) - 1;
+    return event;
+  }
+
+  Source& source_;
+  std::uint32_t most_models_;
+  Tick now_{seconds{100}};
+};
+
+}  // namespace modelyard::test

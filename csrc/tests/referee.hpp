@@ -1,0 +1,901 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "event.hpp"
+#include "modelyard/yard.hpp"
+
+namespace modelyard::test {
+
+/// A deliberately naive second opinion on a yard.
+///
+/// It sees what went in (events), what came out (results, actions) and what the yard's read
+/// accessors say afterwards, and keeps books of its own with maps and whole recounts. From these it
+/// re-derives the promises of yard.hpp:
+///   - actions fit the state of the model they are about (I3, I5), tickets end exactly once and
+///   oldest first (I6);
+///   - used <= budget + deficit on every device, and a load never makes or widens a deficit (I2);
+///   - who waits is QUEUED, LOADING or on its way out, and never RESIDENT (I4, I8);
+///   - victims of the only waiting model are a complete and minimal set (I7);
+///   - the only waiting model is not left waiting while it fits, or while idle models could make
+///   room;
+///   - refusals have the cause they name, back-off grows within its bounds, deadlines are kept,
+///   wakes are asked for;
+///   - errors change nothing, and are given exactly where the contract says.
+/// It knows nothing of policies and does not predict who is chosen.
+class Referee {
+ public:
+  enum class Phase : std::uint8_t { kAway, kLoading, kResident, kDraining, kUnloading };
+
+  struct Model {
+    std::vector<Charge> placements;
+    std::optional<std::uint32_t>
+        in_use;  ///< The placement it was loaded by, unless replaced since.
+    Phase phase{Phase::kAway};
+    Charge held;
+    Charge quarantined;
+    bool pinned{false};
+    bool removed{false};
+    bool stopping{false};  ///< CancelLoad was sent for the load that runs.
+    std::set<LeaseId> leases;
+    std::deque<TicketId> waiting;
+    std::uint32_t failures{0};
+    Tick retry_at{};
+    Duration backoff{};
+  };
+
+  using Verdict = std::optional<std::string>;
+
+  explicit Referee(YardOptions options)
+      : options_(std::move(options)),
+        budgets_(options_.budgets),
+        closed_(options_.budgets.size(), false),
+        deficits_(options_.budgets.size()) {}
+
+  // What it believes; random events are made from this, never from the yard.
+  [[nodiscard]] const std::map<ModelId, Model>& models() const { return models_; }
+  [[nodiscard]] const std::map<TicketId, std::pair<ModelId, Tick>>& tickets() const {
+    return tickets_;
+  }
+  [[nodiscard]] const std::map<LeaseId, ModelId>& leases() const { return leases_; }
+  [[nodiscard]] std::size_t device_count() const { return budgets_.size(); }
+  [[nodiscard]] bool closed(std::size_t at) const { return closed_[at]; }
+  [[nodiscard]] Bytes budget(std::size_t at) const { return budgets_[at]; }
+  [[nodiscard]] Tick now() const { return now_; }
+  [[nodiscard]] Tick wake_at() const { return wake_at_; }
+  [[nodiscard]] const YardOptions& options() const { return options_; }
+
+  /// Judges one call. `yard` is the state after it. The text of the first violation, or nothing.
+  [[nodiscard]] Verdict judge(const Event& event, const Outcome& outcome, const Yard& yard) {
+    const std::size_t waiting_before = waiting_models();
+    const std::vector<Bytes> deficits_before = deficits_;
+    const auto subject = models_.find(event.model);
+    phase_before_ = subject == models_.end() ? Phase::kAway : subject->second.phase;
+    if (Verdict verdict = judge_result(event, outcome)) return verdict;
+    if (outcome.error) {
+      if (!outcome.actions.empty()) return "a call that failed asked for something";
+    } else {
+      // add_model is told no time.
+      if (event.kind != EventKind::kAddModel) now_ = std::max(now_, event.now);
+      if (Verdict verdict = believe(event, outcome)) return verdict;
+    }
+    bool loaded = false;
+    for (const Action& action : outcome.actions) {
+      loaded = loaded || std::holds_alternative<Load>(action);
+      if (Verdict verdict = obey(event, action, yard)) return describe(action) + ": " + *verdict;
+    }
+    forget_what_is_gone();
+    if (Verdict verdict = compare(yard)) return verdict;
+    if (Verdict verdict = check_deficits(event, deficits_before)) return verdict;
+    if (Verdict verdict = check_times(event)) return verdict;
+    if (Verdict verdict = check_no_hopeless_waiter()) return verdict;
+    if (Verdict verdict = check_progress()) return verdict;
+    const bool quiet = waiting_before <= 1 && waiting_models() == 1 && !loaded && !any_deficit() &&
+                       !outcome.error &&
+                       (event.kind == EventKind::kRequest || event.kind == EventKind::kTick ||
+                        event.kind == EventKind::kRelease);
+    if (Verdict verdict = check_victims(yard, quiet)) return verdict;
+    const Status audit = yard.audit();
+    if (!audit.ok()) return "audit: " + audit.error().message;
+    return std::nullopt;
+  }
+
+ private:
+  static Verdict unless(bool holds, std::string text) {
+    if (holds) return std::nullopt;
+    return text;
+  }
+
+  [[nodiscard]] bool valid(const Charge& amounts) const {
+    bool good = amounts.within(budgets_.size());
+    amounts.for_each([&](DeviceIndex, Bytes bytes) { good = good && is_valid(bytes); });
+    return good;
+  }
+
+  [[nodiscard]] bool valid(const std::vector<Charge>& placements) const {
+    return !placements.empty() && placements.size() <= 16 &&
+           std::all_of(placements.begin(), placements.end(),
+                       [&](const Charge& each) { return valid(each); });
+  }
+
+  // Which error the contract asks for; nullopt for success.
+  [[nodiscard]] std::optional<ErrorCode> expected_error(const Event& event) const {
+    const auto found = models_.find(event.model);
+    const Model* model = found == models_.end() ? nullptr : &found->second;
+    const bool known = model != nullptr && !model->removed;
+    const auto in = [&](Phase phase) { return model->phase == phase; };
+    switch (event.kind) {
+      case EventKind::kAddModel:
+        if (!valid(event.spec.placements)) return ErrorCode::kInvalidArgument;
+        if (!(event.spec.reload_seconds > 0) || !std::isfinite(event.spec.reload_seconds)) {
+          return ErrorCode::kInvalidArgument;
+        }
+        return std::nullopt;
+      case EventKind::kUpdatePlacements:
+        if (!known) return ErrorCode::kStaleId;
+        if (!valid(event.spec.placements)) return ErrorCode::kInvalidArgument;
+        return std::nullopt;
+      case EventKind::kRemoveModel:
+      case EventKind::kPin:
+      case EventKind::kUnpin:
+      case EventKind::kTryAcquire:
+      case EventKind::kRequest:
+        if (!known) return ErrorCode::kStaleId;
+        return std::nullopt;
+      case EventKind::kUnload:
+        if (!known) return ErrorCode::kStaleId;
+        if (model->pinned) return ErrorCode::kPinned;
+        return std::nullopt;
+      case EventKind::kSetBudget:
+        if (position(event.device) >= budgets_.size() || !is_valid(event.budget)) {
+          return ErrorCode::kInvalidArgument;
+        }
+        return std::nullopt;
+      case EventKind::kSetClosed:
+        if (position(event.device) >= budgets_.size()) return ErrorCode::kInvalidArgument;
+        return std::nullopt;
+      case EventKind::kCancel:
+        if (!tickets_.contains(event.ticket)) return ErrorCode::kStaleId;
+        return std::nullopt;
+      case EventKind::kRelease:
+        if (!leases_.contains(event.lease)) return ErrorCode::kStaleId;
+        return std::nullopt;
+      case EventKind::kLoadDone:
+        if (model == nullptr) return ErrorCode::kStaleId;
+        if (!in(Phase::kLoading)) return ErrorCode::kWrongState;
+        if (!valid(event.charge)) return ErrorCode::kInvalidArgument;
+        return std::nullopt;
+      case EventKind::kLoadFailed:
+        if (model == nullptr) return ErrorCode::kStaleId;
+        if (!in(Phase::kLoading)) return ErrorCode::kWrongState;
+        return std::nullopt;
+      case EventKind::kUnloadDone:
+        if (model == nullptr) return ErrorCode::kStaleId;
+        if (!in(Phase::kUnloading)) return ErrorCode::kWrongState;
+        if (!valid(event.charge) || !event.charge.fits_within(model->held)) {
+          return ErrorCode::kInvalidArgument;
+        }
+        return std::nullopt;
+      case EventKind::kReclaimed:
+        if (model == nullptr) return ErrorCode::kStaleId;
+        if (!valid(event.charge) || !event.charge.fits_within(model->quarantined)) {
+          return ErrorCode::kInvalidArgument;
+        }
+        return std::nullopt;
+      case EventKind::kRemeasured:
+        // A fact about memory that is held, also where the model is removed.
+        if (model == nullptr) return ErrorCode::kStaleId;
+        if (!in(Phase::kResident) && !in(Phase::kDraining)) return ErrorCode::kWrongState;
+        if (!valid(event.charge)) return ErrorCode::kInvalidArgument;
+        return std::nullopt;
+      case EventKind::kTick:
+        return std::nullopt;
+    }
+    return std::nullopt;
+  }
+
+  [[nodiscard]] Verdict judge_result(const Event& event, const Outcome& outcome) const {
+    const std::optional<ErrorCode> expected = expected_error(event);
+    if (expected == outcome.error) return std::nullopt;
+    if (!outcome.error) return "the call succeeded where it should have failed";
+    if (!expected) return "the call failed: " + outcome.message;
+    return "the call failed with error " + std::to_string(static_cast<int>(*outcome.error)) +
+           " instead of " + std::to_string(static_cast<int>(*expected)) + ": " + outcome.message;
+  }
+
+  // The event's own facts.
+  [[nodiscard]] Verdict believe(const Event& event, const Outcome& outcome) {
+    switch (event.kind) {
+      case EventKind::kAddModel: {
+        if (models_.contains(outcome.model)) return "an id was given out twice";
+        if (!fresh(static_cast<std::uint64_t>(outcome.model))) return "not an id";
+        Model model;
+        model.placements = event.spec.placements;
+        models_.emplace(outcome.model, std::move(model));
+        break;
+      }
+      case EventKind::kUpdatePlacements:
+        models_.at(event.model).placements = event.spec.placements;
+        models_.at(event.model).in_use.reset();
+        break;
+      case EventKind::kRemoveModel:
+        models_.at(event.model).removed = true;
+        break;
+      case EventKind::kPin:
+        models_.at(event.model).pinned = true;
+        break;
+      case EventKind::kUnpin:
+        models_.at(event.model).pinned = false;
+        break;
+      case EventKind::kSetBudget:
+        budgets_[position(event.device)] = event.budget;
+        break;
+      case EventKind::kSetClosed:
+        closed_[position(event.device)] = event.closed;
+        break;
+      case EventKind::kTryAcquire: {
+        Model& model = models_.at(event.model);
+        if (outcome.lease.has_value() != (model.phase == Phase::kResident)) {
+          return "try_acquire gives a lease exactly on a resident model";
+        }
+        if (outcome.lease) return start_lease(event.model, model, *outcome.lease);
+        break;
+      }
+      case EventKind::kRequest:
+        if (!fresh(static_cast<std::uint64_t>(outcome.ticket)) ||
+            tickets_.contains(outcome.ticket)) {
+          return "a ticket needs an id of its own";
+        }
+        tickets_.emplace(outcome.ticket, std::pair{event.model, event.deadline});
+        models_.at(event.model).waiting.push_back(outcome.ticket);
+        break;
+      case EventKind::kCancel:
+        end_ticket(event.ticket);
+        break;
+      case EventKind::kRelease:
+        models_.at(leases_.at(event.lease)).leases.erase(event.lease);
+        leases_.erase(event.lease);
+        break;
+      case EventKind::kLoadDone: {
+        Model& model = models_.at(event.model);
+        model.phase = Phase::kResident;
+        learn(model, event.charge);
+        model.held = event.charge;
+        model.failures = 0;
+        model.backoff = Duration{};
+        model.retry_at = Tick{};
+        model.stopping = false;
+        break;
+      }
+      case EventKind::kLoadFailed: {
+        Model& model = models_.at(event.model);
+        model.phase = Phase::kAway;
+        model.held = Charge{};
+        model.stopping = false;
+        break;
+      }
+      case EventKind::kUnloadDone: {
+        Model& model = models_.at(event.model);
+        model.phase = Phase::kAway;
+        model.quarantined = sum(model.quarantined, model.held.saturating_minus(event.charge));
+        model.held = Charge{};
+        break;
+      }
+      case EventKind::kReclaimed: {
+        Model& model = models_.at(event.model);
+        model.quarantined = model.quarantined.saturating_minus(event.charge);
+        break;
+      }
+      case EventKind::kRemeasured:
+        learn(models_.at(event.model), event.charge);
+        models_.at(event.model).held = event.charge;
+        break;
+      case EventKind::kTick:
+        if (now_ >= wake_at_) wake_at_ = kNever;
+        break;
+      case EventKind::kUnload:
+        break;
+    }
+    return std::nullopt;
+  }
+
+  // What the yard asks for, checked against the state it is asked in.
+  [[nodiscard]] Verdict obey(const Event& event, const Action& action, const Yard& yard) {
+    if (const auto* grant = std::get_if<Grant>(&action)) {
+      const auto ticket = tickets_.find(grant->ticket);
+      if (ticket == tickets_.end()) return "no such ticket waits";
+      const ModelId id = ticket->second.first;
+      Model& model = models_.at(id);
+      if (model.phase != Phase::kResident) return "the model is not resident";
+      if (model.waiting.front() != grant->ticket) return "an older ticket waits";
+      end_ticket(grant->ticket);
+      return start_lease(id, model, grant->lease);
+    }
+    if (const auto* refusal = std::get_if<Refuse>(&action))
+      return obey_refuse(event, *refusal, yard);
+    if (const auto* wake = std::get_if<WakeAt>(&action)) {
+      wake_at_ = wake->at;
+      return std::nullopt;
+    }
+    if (const auto* load = std::get_if<Load>(&action)) return obey_load(*load);
+    ModelId id{};
+    if (const auto* stop = std::get_if<CancelLoad>(&action)) id = stop->model;
+    if (const auto* drain = std::get_if<Drain>(&action)) id = drain->model;
+    if (const auto* unload = std::get_if<Unload>(&action)) id = unload->model;
+    const auto found = models_.find(id);
+    if (found == models_.end()) return "no such model";
+    Model& model = found->second;
+    if (std::holds_alternative<CancelLoad>(action)) {
+      if (model.phase != Phase::kLoading) return "the model does not load";
+      if (model.stopping) return "asked to stop twice";
+      model.stopping = true;
+      return std::nullopt;
+    }
+    if (std::holds_alternative<Drain>(action)) {
+      if (model.phase != Phase::kResident) return "the model is not resident";
+      if (model.leases.empty()) return "nobody uses the model";
+      if (model.pinned && !model.removed) return "the model is pinned";
+      model.phase = Phase::kDraining;
+      return std::nullopt;
+    }
+    if (model.phase != Phase::kResident && model.phase != Phase::kDraining) {
+      return "the model is not there to be unloaded";
+    }
+    if (!model.leases.empty()) return "somebody holds a lease";
+    // A model pinned while it drained was already told to go: Unload follows Drain.
+    if (model.pinned && !model.removed && model.phase == Phase::kResident) {
+      return "the model is pinned";
+    }
+    model.phase = Phase::kUnloading;
+    return std::nullopt;
+  }
+
+  [[nodiscard]] Verdict obey_load(const Load& load) {
+    const auto found = models_.find(load.model);
+    if (found == models_.end()) return "no such model";
+    Model& model = found->second;
+    if (model.phase != Phase::kAway) return "the model is not away";
+    if (model.removed) return "the model is removed";
+    if (model.waiting.empty()) return "nobody waits for the model";
+    if (now_ < model.retry_at) return "the model's back-off is not over";
+    if (load.placement >= model.placements.size()) return "no such placement";
+    const Charge& wanted = model.placements[load.placement];
+    Verdict verdict;
+    wanted.for_each([&](DeviceIndex at, Bytes bytes) {
+      const std::size_t where = position(at);
+      if (closed_[where]) verdict = "the device is closed";
+      if (loads_on(where) >= options_.load_channels_per_device) verdict = "no load channel is free";
+      if (used(where) + bytes.value > budgets_[where].value) verdict = "over budget";
+    });
+    model.phase = Phase::kLoading;
+    model.in_use = load.placement;
+    model.held = wanted;
+    return verdict;
+  }
+
+  // An estimate that was caught out is not trusted again: the placement grows to what was measured.
+  static void learn(Model& model, const Charge& actual) {
+    if (actual.fits_within(model.held) || !model.in_use) return;
+    Charge& promise = model.placements[*model.in_use];
+    promise = promise.max(actual);
+  }
+
+  [[nodiscard]] Verdict obey_refuse(const Event& event, const Refuse& refusal, const Yard& yard) {
+    const auto ticket = tickets_.find(refusal.ticket);
+    if (ticket == tickets_.end()) return "no such ticket waits";
+    const auto [id, deadline] = ticket->second;
+    Model& model = models_.at(id);
+    const std::size_t waiting_here = model.waiting.size() - 1;
+    const std::size_t waiting_in_all = tickets_.size() - 1;
+    // Deadlines are looked at before the event's own news.
+    const Phase phase = event.model == id ? phase_before_ : model.phase;
+    const bool own_request = event.kind == EventKind::kRequest && event.model == id;
+    end_ticket(refusal.ticket);
+    if (refusal.retry_after < Duration::zero()) return "a negative time to retry after";
+    switch (refusal.reason) {
+      case RefuseReason::kNeverFits: {
+        if (!never_fits(model)) return "the model fits a budget";
+        const Verdict numbers =
+            unless(refusal.needed > refusal.budget, "needed is not above the budget it names");
+        return numbers ? numbers : check_numbers(refusal);
+      }
+      case RefuseReason::kBudgetExhausted:
+        if (!exhausted(model, true))
+          return "there would be room without pinned and quarantined bytes";
+        return check_numbers(refusal);
+      case RefuseReason::kQueueFull:
+        if (!own_request) return "the queue refuses only who arrives";
+        return unless(waiting_here >= options_.max_waiting_per_model ||
+                          waiting_in_all >= options_.max_waiting,
+                      "the queue is not full");
+      case RefuseReason::kLoadFailed:
+        if (event.kind == EventKind::kLoadFailed && event.model == id) {
+          return unless(refusal.failure == event.failure, "the failure is another one");
+        }
+        if (!own_request) return "only a failure, or a request after it, is refused so";
+        if (now_ >= model.retry_at) return "the back-off is over";
+        return unless(refusal.retry_after == model.retry_at - now_,
+                      "retry_after is not the rest of the back-off");
+      case RefuseReason::kDeadlineInQueue:
+        if (now_ < deadline) return "the deadline has not passed";
+        return unless(phase != Phase::kLoading, "the model is loading");
+      case RefuseReason::kDeadlineInLoad:
+        if (now_ < deadline) return "the deadline has not passed";
+        return unless(phase == Phase::kLoading, "the model is not loading");
+      case RefuseReason::kRemoved:
+        return unless(model.removed, "the model is not removed");
+    }
+    static_cast<void>(yard);
+    return "no such reason";
+  }
+
+  [[nodiscard]] Verdict check_numbers(const Refuse& refusal) const {
+    if (position(refusal.device) >= budgets_.size()) return "no such device";
+    if (refusal.budget != budgets_[position(refusal.device)]) return "that is not the budget";
+    for (std::size_t i = 1; i < refusal.holders.size(); ++i) {
+      if (refusal.holders[i - 1].bytes < refusal.holders[i].bytes) {
+        return "holders are not largest first";
+      }
+    }
+    for (const Holder& holder : refusal.holders) {
+      if (holder.bytes == Bytes{0}) continue;
+      const auto model = models_.find(holder.model);
+      if (model == models_.end()) return "a holder is unknown";
+      const Bytes held = model->second.held.on(refusal.device);
+      const Bytes kept = held + model->second.quarantined.on(refusal.device);
+      if (holder.bytes != held && holder.bytes != kept) return "a holder does not hold that";
+    }
+    return std::nullopt;
+  }
+
+  [[nodiscard]] static bool fresh(std::uint64_t id) { return id != 0 && (id >> 63) == 0; }
+
+  [[nodiscard]] Verdict start_lease(ModelId id, Model& model, LeaseId lease) {
+    if (!fresh(static_cast<std::uint64_t>(lease)) || leases_.contains(lease)) {
+      return "a lease needs an id of its own";
+    }
+    leases_.emplace(lease, id);
+    model.leases.insert(lease);
+    return std::nullopt;
+  }
+
+  void end_ticket(TicketId id) {
+    const auto found = tickets_.find(id);
+    auto& waiting = models_.at(found->second.first).waiting;
+    std::erase(waiting, id);
+    tickets_.erase(found);
+  }
+
+  void forget_what_is_gone() {
+    std::erase_if(models_, [](const auto& item) {
+      const Model& model = item.second;
+      return model.removed && model.phase == Phase::kAway && model.quarantined.empty();
+    });
+  }
+
+  // --- Recounts ---------------------------------------------------------------------------------
+
+  [[nodiscard]] std::size_t waiting_models() const {
+    return static_cast<std::size_t>(
+        std::count_if(models_.begin(), models_.end(),
+                      [](const auto& item) { return !item.second.waiting.empty(); }));
+  }
+
+  [[nodiscard]] bool any_deficit() const {
+    return std::any_of(deficits_.begin(), deficits_.end(),
+                       [](Bytes deficit) { return deficit > Bytes{0}; });
+  }
+
+  [[nodiscard]] std::uint32_t loads_on(std::size_t where) const {
+    std::uint32_t count = 0;
+    for (const auto& [id, model] : models_) {
+      if (model.phase == Phase::kLoading && model.held.on(at(where)) > Bytes{0}) ++count;
+    }
+    return count;
+  }
+
+  [[nodiscard]] static DeviceIndex at(std::size_t where) { return static_cast<DeviceIndex>(where); }
+
+  template <typename F>
+  [[nodiscard]] std::int64_t bytes_where(std::size_t where, F&& counts) const {
+    std::int64_t total = 0;
+    for (const auto& [id, model] : models_) {
+      if (counts(model)) total += model.held.on(at(where)).value;
+    }
+    return total;
+  }
+
+  [[nodiscard]] std::int64_t quarantined(std::size_t where) const {
+    std::int64_t total = 0;
+    for (const auto& [id, model] : models_) total += model.quarantined.on(at(where)).value;
+    return total;
+  }
+
+  [[nodiscard]] std::int64_t used(std::size_t where) const {
+    return bytes_where(where, [](const Model&) { return true; }) + quarantined(where);
+  }
+
+  // Bytes on their way back.
+  [[nodiscard]] std::int64_t leaving(std::size_t where) const {
+    return bytes_where(where, [](const Model& model) {
+      return model.phase == Phase::kDraining || model.phase == Phase::kUnloading;
+    });
+  }
+
+  [[nodiscard]] std::int64_t idle(std::size_t where) const {
+    return bytes_where(where, [](const Model& model) {
+      return model.phase == Phase::kResident && model.leases.empty() && !model.pinned;
+    });
+  }
+
+  // Free bytes, below zero by the deficit.
+  [[nodiscard]] std::int64_t room(std::size_t where) const {
+    return budgets_[where].value - used(where);
+  }
+
+  template <typename F>
+  [[nodiscard]] static bool everywhere(const Charge& wanted, F&& holds) {
+    bool result = true;
+    wanted.for_each([&](DeviceIndex where, Bytes bytes) {
+      result = result && holds(position(where), bytes.value);
+    });
+    return result;
+  }
+
+  [[nodiscard]] bool never_fits(const Model& model) const {
+    return std::none_of(model.placements.begin(), model.placements.end(), [&](const Charge& each) {
+      return everywhere(each, [&](std::size_t where, std::int64_t bytes) {
+        return bytes <= budgets_[where].value;
+      });
+    });
+  }
+
+  // Bytes that no eviction can bring back: held by pinned models that stay, or quarantined. What a
+  // pinned model's load has reserved may count or not: the load may yet fail, or take less.
+  [[nodiscard]] std::int64_t fixed(std::size_t where, bool with_loads) const {
+    return quarantined(where) + bytes_where(where, [&](const Model& model) {
+             return model.pinned && !model.removed &&
+                    (model.phase == Phase::kResident ||
+                     (with_loads && model.phase == Phase::kLoading));
+           });
+  }
+
+  [[nodiscard]] bool exhausted(const Model& model, bool with_loads) const {
+    return std::none_of(model.placements.begin(), model.placements.end(), [&](const Charge& each) {
+      return everywhere(each, [&](std::size_t where, std::int64_t bytes) {
+        return bytes + fixed(where, with_loads) <= budgets_[where].value;
+      });
+    });
+  }
+
+  // --- After the call ---------------------------------------------------------------------------
+
+  [[nodiscard]] Verdict compare(const Yard& yard) {
+    if (yard.model_count() != models_.size()) return "the number of models differs";
+    if (yard.waiting_count() != tickets_.size()) return "the number of waiting tickets differs";
+    if (yard.lease_count() != leases_.size()) return "the number of leases differs";
+    for (auto& [id, model] : models_) {
+      const Entry* entry = yard.entry(id);
+      if (entry == nullptr) return describe(id) + " is missing";
+      if (Verdict verdict = compare(model, *entry)) return describe(id) + ": " + *verdict;
+    }
+    for (std::size_t where = 0; where < budgets_.size(); ++where) {
+      const Account& account = yard.account(at(where));
+      const std::string name = "device " + std::to_string(where) + ": ";
+      const auto in = [&](Phase phase) {
+        return Bytes{bytes_where(where, [&](const Model& model) { return model.phase == phase; })};
+      };
+      if (account.budget != budgets_[where]) return name + "another budget";
+      if (account.reserved != in(Phase::kLoading)) return name + "reserved bytes differ";
+      if (account.resident != in(Phase::kResident)) return name + "resident bytes differ";
+      if (account.draining != in(Phase::kDraining) + in(Phase::kUnloading)) {
+        return name + "draining bytes differ";
+      }
+      if (account.quarantined != Bytes{quarantined(where)})
+        return name + "quarantined bytes differ";
+      deficits_[where] = saturating_sub(Bytes{used(where)}, budgets_[where]);
+      if (account.deficit != deficits_[where]) return name + "the deficit differs";
+      if (account.peak < account.used()) return name + "the peak is below what is used";
+      if (yard.device_closed(at(where)) != closed_[where]) return name + "closed differs";
+    }
+    return std::nullopt;
+  }
+
+  [[nodiscard]] Verdict compare(Model& model, const Entry& entry) const {
+    switch (model.phase) {
+      case Phase::kAway:
+        if (!model.waiting.empty() && entry.state != State::kQueued) {
+          return "whoever waits for an absent model waits in the queue";
+        }
+        if (model.waiting.empty() && entry.state != State::kCold && entry.state != State::kFailed) {
+          return "nobody waits, but it is " + std::string(to_string(entry.state));
+        }
+        break;
+      case Phase::kLoading:
+        if (entry.state != State::kLoading) return "should be loading";
+        break;
+      case Phase::kResident:
+        if (entry.state != State::kResident) return "should be resident";
+        if (!model.waiting.empty()) return "a resident model is waited for";
+        break;
+      case Phase::kDraining:
+        if (entry.state != State::kDraining) return "should be draining";
+        if (model.leases.empty()) return "drains though nobody uses it";
+        break;
+      case Phase::kUnloading:
+        if (entry.state != State::kUnloading) return "should be unloading";
+        break;
+    }
+    if (entry.held != model.held) return "holds other bytes";
+    if (entry.placements != model.placements) return "has other placements";
+    if (entry.quarantined != model.quarantined) return "other bytes are quarantined";
+    if (entry.pinned != model.pinned && !model.removed) return "pinned differs";
+    if (entry.removed != model.removed) return "removed differs";
+    if (entry.lease_count != model.leases.size()) return "another number of leases";
+    if (entry.waiting_count != model.waiting.size()) return "another number of waiting tickets";
+    if (entry.waiting_count > options_.max_waiting_per_model) return "more wait than may";
+    if (tickets_.size() > options_.max_waiting) return "more wait than may, over all models";
+    if (!model.waiting.empty() &&
+        (entry.oldest != model.waiting.front() || entry.newest != model.waiting.back())) {
+      return "the queue's ends differ";
+    }
+    if (entry.failure_count > model.failures) {
+      const Duration backoff = entry.retry_at - now_;
+      if (backoff < options_.backoff_initial && backoff < options_.backoff_max) {
+        return "the back-off is shorter than the first one";
+      }
+      if (backoff > options_.backoff_max) return "the back-off is longer than the longest";
+      if (backoff < model.backoff) return "the back-off shrank";
+      if (model.failures > 0 && backoff == model.backoff && backoff < options_.backoff_max) {
+        return "the back-off does not grow";
+      }
+      model.backoff = backoff;
+      model.retry_at = entry.retry_at;
+    }
+    model.failures = entry.failure_count;
+    return std::nullopt;
+  }
+
+  [[nodiscard]] Verdict check_deficits(const Event& event, const std::vector<Bytes>& before) const {
+    for (std::size_t where = 0; where < budgets_.size(); ++where) {
+      if (deficits_[where] <= before[where]) continue;
+      if (event.kind != EventKind::kLoadDone && event.kind != EventKind::kRemeasured &&
+          event.kind != EventKind::kSetBudget) {
+        return "the deficit of device " + std::to_string(where) + " grew without a reason";
+      }
+    }
+    return std::nullopt;
+  }
+
+  [[nodiscard]] Verdict check_times(const Event& event) const {
+    if (event.kind == EventKind::kTick && wake_at_ <= now_) return "asks to be woken in the past";
+    for (const auto& [id, ticket] : tickets_) {
+      if (ticket.second < wake_at_) return "nobody is woken for a deadline";
+      if (event.kind == EventKind::kTick && ticket.second <= now_) return "a deadline was missed";
+    }
+    return std::nullopt;
+  }
+
+  [[nodiscard]] Verdict check_no_hopeless_waiter() const {
+    for (const auto& [id, model] : models_) {
+      if (model.waiting.empty() || model.phase != Phase::kAway) continue;
+      if (never_fits(model)) return describe(id) + " waits and can never fit";
+      if (exhausted(model, false))
+        return describe(id) + " waits for bytes that nobody will give back";
+    }
+    return std::nullopt;
+  }
+
+  // With one waiting model there are no claims of others to weigh, so what must happen is plain.
+  [[nodiscard]] Verdict check_progress() const {
+    if (waiting_models() != 1) return std::nullopt;
+    const auto found = std::find_if(models_.begin(), models_.end(),
+                                    [](const auto& item) { return !item.second.waiting.empty(); });
+    const Model& model = found->second;
+    if (model.phase != Phase::kAway) return std::nullopt;
+    bool could_be_made = false;
+    for (const Charge& wanted : model.placements) {
+      const bool open = everywhere(wanted, [&](std::size_t where, std::int64_t) {
+        return !closed_[where] && loads_on(where) < options_.load_channels_per_device;
+      });
+      if (!open) continue;
+      if (everywhere(wanted,
+                     [&](std::size_t where, std::int64_t bytes) { return bytes <= room(where); })) {
+        return describe(found->first) + " waits though it fits";
+      }
+      if (everywhere(wanted, [&](std::size_t where, std::int64_t bytes) {
+            return bytes <= room(where) + leaving(where);
+          })) {
+        return std::nullopt;
+      }
+      could_be_made =
+          could_be_made || everywhere(wanted, [&](std::size_t where, std::int64_t bytes) {
+            return bytes <= room(where) + leaving(where) + idle(where);
+          });
+    }
+    return unless(!could_be_made, describe(found->first) + " waits though idle models could go");
+  }
+
+  // Reads the decisions of this call. If nothing else went on, the victims must be a set that makes
+  // the one waiting model fit, and none of them can be left out.
+  [[nodiscard]] Verdict check_victims(const Yard& yard, bool quiet) {
+    std::map<ModelId, std::vector<Charge>> victims;
+    const auto& log = yard.explanations().entries();
+    const std::uint64_t last = explained_;
+    for (auto entry = log.rbegin(); entry != log.rend() && entry->sequence > last; ++entry) {
+      const Explanation& each = *entry;
+      explained_ = std::max(explained_, each.sequence);
+      if (each.decision != Decision::kEvicted && each.decision != Decision::kDrained) continue;
+      if (each.cause == ModelId{}) continue;
+      const auto victim = models_.find(each.model);
+      if (victim != models_.end()) victims[each.cause].push_back(victim->second.held);
+    }
+    if (!quiet) return std::nullopt;
+    for (const auto& item : victims) {
+      const ModelId cause = item.first;
+      const std::vector<Charge>& charges = item.second;
+      const auto found = models_.find(cause);
+      if (found == models_.end() || found->second.phase != Phase::kAway) continue;
+      const auto& placements = found->second.placements;
+      const bool good =
+          std::any_of(placements.begin(), placements.end(), [&](const Charge& wanted) {
+            const auto covers = [&](const Charge& without) {
+              return everywhere(wanted, [&](std::size_t where, std::int64_t bytes) {
+                return bytes <= room(where) + leaving(where) - without.on(at(where)).value;
+              });
+            };
+            return covers(Charge{}) && std::none_of(charges.begin(), charges.end(), covers);
+          });
+      if (!good) return "the victims for " + describe(cause) + " are too few or too many";
+    }
+    return std::nullopt;
+  }
+
+  YardOptions options_;
+  std::vector<Bytes> budgets_;
+  std::vector<bool> closed_;
+  std::vector<Bytes> deficits_;
+  std::map<ModelId, Model> models_;
+  std::map<TicketId, std::pair<ModelId, Tick>> tickets_;  // Model and deadline of who waits.
+  std::map<LeaseId, ModelId> leases_;
+  Tick now_{};
+  Tick wake_at_{kNever};
+  std::uint64_t explained_{0};
+  Phase phase_before_{Phase::kAway};  // Of the model the event is about.
+};
+
+/// A yard and its referee: every event is applied and judged. Remembers the events so that a
+/// failure can be replayed.
+class Session {
+ public:
+  explicit Session(Yard yard, const YardOptions& options)
+      : yard_(std::move(yard)), referee_(options) {}
+
+  [[nodiscard]] const Yard& yard() const { return yard_; }
+  [[nodiscard]] Yard& yard() { return yard_; }
+  [[nodiscard]] const Referee& referee() const { return referee_; }
+  /// The first violation, with the events that led to it, or nothing.
+  [[nodiscard]] const std::optional<std::string>& violation() const { return violation_; }
+
+  Outcome step(const Event& event) {
+    if (history_.size() == kHistory) history_.pop_front();
+    history_.push_back(describe(event));
+    Outcome outcome = apply(yard_, event);
+    for (const Action& action : outcome.actions) history_.back() += "\n    -> " + describe(action);
+    if (outcome.error) history_.back() += "\n    -> error " + outcome.message;
+    if (!violation_) {
+      if (Referee::Verdict verdict = referee_.judge(event, outcome, yard_)) {
+        std::string text = *verdict + "\n  last events:";
+        for (const std::string& line : history_) text += "\n  " + line;
+        violation_ = std::move(text);
+      }
+    }
+    return outcome;
+  }
+
+  /// Faults stop and everybody releases: every waiting ticket must then be granted or refused after
+  /// finitely many steps.
+  void settle() {
+    for (std::size_t where = 0; where < referee_.device_count(); ++where) {
+      if (!referee_.closed(where)) continue;
+      Event open = event(EventKind::kSetClosed);
+      open.device = static_cast<DeviceIndex>(where);
+      step(open);
+    }
+    const std::size_t bound = 100 + 20 * (referee_.tickets().size() + referee_.models().size());
+    for (std::size_t round = 0; round < bound && !violation_; ++round) {
+      if (finish_everything()) continue;
+      if (referee_.tickets().empty()) return;
+      if (referee_.wake_at() == kNever) {
+        violation_ = "tickets wait, nothing goes on and nobody is woken\n  last: " +
+                     (history_.empty() ? std::string{} : history_.back());
+        return;
+      }
+      Event tick = event(EventKind::kTick);
+      tick.now = std::max(referee_.now(), referee_.wake_at());
+      step(tick);
+    }
+    if (!violation_) violation_ = "tickets still wait though everybody has released";
+  }
+
+  /// Removes all models and gives everything back. The ledger must then be zero.
+  void tear_down() {
+    std::vector<ModelId> ids;
+    for (const auto& [id, model] : referee_.models()) {
+      if (!model.removed) ids.push_back(id);
+    }
+    for (const ModelId id : ids) {
+      Event remove = event(EventKind::kRemoveModel);
+      remove.model = id;
+      step(remove);
+    }
+    while (!violation_ && finish_everything()) {
+    }
+    std::vector<std::pair<ModelId, Charge>> kept;
+    for (const auto& [id, model] : referee_.models()) kept.emplace_back(id, model.quarantined);
+    for (const auto& [id, quarantined] : kept) {
+      Event back = event(EventKind::kReclaimed);
+      back.model = id;
+      back.charge = quarantined;
+      step(back);
+    }
+    if (violation_) return;
+    for (std::size_t where = 0; where < yard_.device_count(); ++where) {
+      const Account& account = yard_.account(static_cast<DeviceIndex>(where));
+      if (account.used() != Bytes{0} || account.deficit != Bytes{0}) {
+        violation_ = "bytes are left on device " + std::to_string(where);
+      }
+    }
+    if (yard_.model_count() != 0) violation_ = "models are left";
+    if (yard_.waiting_count() != 0) violation_ = "tickets are left";
+    if (yard_.lease_count() != 0) violation_ = "leases are left";
+  }
+
+ private:
+  static constexpr std::size_t kHistory = 60;
+
+  [[nodiscard]] Event event(EventKind kind) const {
+    Event made;
+    made.kind = kind;
+    made.now = referee_.now();
+    return made;
+  }
+
+  // Ends one load, one unload and one lease, whichever there are. False if there were none.
+  bool finish_everything() {
+    std::vector<Event> events;
+    for (const auto& [lease, model] : referee_.leases()) {
+      Event release = event(EventKind::kRelease);
+      release.lease = lease;
+      events.push_back(release);
+    }
+    for (const auto& [id, model] : referee_.models()) {
+      Event done = event(EventKind::kLoadDone);
+      done.model = id;
+      done.charge = model.held;
+      if (model.phase == Referee::Phase::kUnloading) done.kind = EventKind::kUnloadDone;
+      if (model.phase == Referee::Phase::kUnloading || model.phase == Referee::Phase::kLoading) {
+        events.push_back(done);
+      }
+    }
+    for (const Event& each : events) step(each);
+    return !events.empty();
+  }
+
+  Yard yard_;
+  Referee referee_;
+  std::deque<std::string> history_;
+  std::optional<std::string> violation_;
+};
+
+}  // namespace modelyard::test
