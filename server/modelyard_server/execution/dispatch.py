@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from modelyard_server.errors import Reason, Refusal
-from modelyard_server.execution.engine import Engine, RunOutcome
+from modelyard_server.execution.engine import Engine, RunOutcome, Work
 from modelyard_server.residency.shell import Lease
 from modelyard_server.runtimes.api import JsonValue
 from modelyard_server.runtimes.tensors import TensorValue
@@ -40,26 +40,45 @@ async def run_leased(
         OptionError: a parameter the model does not know.
         ModelFailed: the model raised.
     """
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[tuple[TensorValue, ...]] = loop.create_future()
-
-    def on_done(outcome: RunOutcome | None) -> None:
-        lease.release()
-        if answer.done() or outcome is None:
-            return
-        if isinstance(outcome, BaseException):
-            answer.set_exception(outcome)
-        else:
-            answer.set_result(outcome)
-
+    pending = _Pending(lease)
     try:
-        work = engine.run(lease.handle.core_id, inputs, parameters, on_done)
+        work = engine.run(lease.handle.core_id, inputs, parameters, pending.settle)
     except BaseException:
         lease.release()
         raise
-    timer = loop.call_later(max(timeout_s, 0.0), _expire, answer)
+    if not pending.settled:
+        await _wait(pending, work, timeout_s)
+    if isinstance(pending.outcome, BaseException):
+        raise pending.outcome
+    assert pending.outcome is not None  # Only abandoned work has none, and only _wait abandons.
+    return pending.outcome
+
+
+class _Pending:
+    """A request that was given to the engine, and what became of it."""
+
+    __slots__ = ("_lease", "outcome", "settled", "waiter")
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+        self.outcome: RunOutcome | None = None
+        self.settled = False
+        self.waiter: asyncio.Future[None] | None = None
+
+    def settle(self, outcome: RunOutcome | None) -> None:
+        self._lease.release()
+        self.outcome = outcome
+        self.settled = True
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+async def _wait(pending: _Pending, work: Work, timeout_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    pending.waiter = waiter = loop.create_future()
+    timer = loop.call_later(max(timeout_s, 0.0), _expire, waiter)
     try:
-        return await answer
+        await waiter
     except (asyncio.CancelledError, Refusal):
         work.abandon()
         raise
@@ -67,8 +86,8 @@ async def run_leased(
         timer.cancel()
 
 
-def _expire(answer: asyncio.Future[tuple[TensorValue, ...]]) -> None:
-    if not answer.done():
-        answer.set_exception(
+def _expire(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_exception(
             Refusal(Reason.DEADLINE_IN_RUN, "the deadline passed while the model ran")
         )

@@ -22,47 +22,41 @@ MAX_DIMENSION = 2**31 - 1
 
 
 class DType(enum.Enum):
-    """Element types. The value is the type's name in error texts."""
+    """Element types. The value is the type's name in error texts.
 
-    BOOL = "BOOL"
-    INT8 = "INT8"
-    INT16 = "INT16"
-    INT32 = "INT32"
-    INT64 = "INT64"
-    UINT8 = "UINT8"
-    UINT16 = "UINT16"
-    UINT32 = "UINT32"
-    UINT64 = "UINT64"
-    FLOAT16 = "FLOAT16"
-    BFLOAT16 = "BFLOAT16"
-    FLOAT32 = "FLOAT32"
-    FLOAT64 = "FLOAT64"
-    TEXT = "TEXT"
-    BYTES = "BYTES"
+    Attributes:
+        item_size: bytes of one element; 0 for TEXT and BYTES, whose elements vary.
+        number: of the type in modelyard.v1.DataType.
+    """
 
-    @property
-    def item_size(self) -> int:
-        """Bytes of one element; 0 for TEXT and BYTES, whose elements vary."""
-        return _ITEM_SIZES[self]
+    # Attributes of the members and not tables beside them: looking an enum member up in a table
+    # takes longer than everything else that is done with the type of a small tensor.
+    item_size: int
+    number: int
 
+    def __new__(cls, label: str, item_size: int, number: int) -> DType:
+        """Makes a member whose value is its label."""
+        member = object.__new__(cls)
+        member._value_ = label
+        member.item_size = item_size
+        member.number = number
+        return member
 
-_ITEM_SIZES = {
-    DType.BOOL: 1,
-    DType.INT8: 1,
-    DType.INT16: 2,
-    DType.INT32: 4,
-    DType.INT64: 8,
-    DType.UINT8: 1,
-    DType.UINT16: 2,
-    DType.UINT32: 4,
-    DType.UINT64: 8,
-    DType.FLOAT16: 2,
-    DType.BFLOAT16: 2,
-    DType.FLOAT32: 4,
-    DType.FLOAT64: 8,
-    DType.TEXT: 0,
-    DType.BYTES: 0,
-}
+    BOOL = ("BOOL", 1, 1)
+    INT8 = ("INT8", 1, 2)
+    INT16 = ("INT16", 2, 3)
+    INT32 = ("INT32", 4, 4)
+    INT64 = ("INT64", 8, 5)
+    UINT8 = ("UINT8", 1, 6)
+    UINT16 = ("UINT16", 2, 7)
+    UINT32 = ("UINT32", 4, 8)
+    UINT64 = ("UINT64", 8, 9)
+    FLOAT16 = ("FLOAT16", 2, 10)
+    BFLOAT16 = ("BFLOAT16", 2, 11)
+    FLOAT32 = ("FLOAT32", 4, 12)
+    FLOAT64 = ("FLOAT64", 8, 13)
+    TEXT = ("TEXT", 0, 14)
+    BYTES = ("BYTES", 0, 15)
 
 
 class TensorError(ValueError):

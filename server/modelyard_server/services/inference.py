@@ -22,7 +22,7 @@ from modelyard_server.runtimes.api import OptionError
 from modelyard_server.runtimes.tensors import TensorError, TensorValue
 from modelyard_server.services.handler import invalid, new_error_id
 from modelyard_server.services.status import reply_of
-from modelyard_server.services.tensors import to_message, to_value
+from modelyard_server.services.tensors import serialize_response, to_value
 from modelyard_server.transport.api import Call, StatusReply
 
 __all__ = ["InferenceFigures", "InferenceService"]
@@ -117,12 +117,7 @@ class InferenceService:
         except ModelFailed as error:
             raise _failed(model, error) from None
 
-        response = pb.PredictResponse()
-        for output in outputs:
-            to_message(output, response.outputs.add())
-        served = response.served
-        served.model = f"models/{model.id}"
-        served.device = self._device_names[device]
+        served = pb.Served(model=f"models/{model.id}", device=self._device_names[device])
         _set_duration(served.wait_duration, leased_ns - began_ns)
         _set_duration(served.run_duration, monotonic_ns() - leased_ns)
         if cold:
@@ -133,7 +128,7 @@ class InferenceService:
         else:
             self.figures.hit_count += 1
         self.figures.answered_count += 1
-        return response.SerializeToString()
+        return serialize_response(outputs, served)
 
     async def _wait(self, model: Model, deadline_ns: int) -> Lease:
         try:
@@ -169,8 +164,7 @@ def _inputs_of(request: pb.PredictRequest) -> tuple[TensorValue, ...]:
             values.append(to_value(message))
         except TensorError as error:
             violations.append(Violation(f"inputs[{i}]", error.text))
-    names = [value.name for value in values]
-    if len(set(names)) != len(names):
+    if len(values) > 1 and len({value.name for value in values}) != len(values):
         violations.append(Violation("inputs", "two inputs have the same name"))
     if violations:
         text = "; ".join(f"{v.field}: {v.description}" for v in violations)
@@ -199,4 +193,6 @@ def _failed(model: Model, error: ModelFailed) -> Refusal:
 
 
 def _set_duration(duration: Any, nanoseconds: int) -> None:
-    duration.seconds, duration.nanos = divmod(max(nanoseconds, 0), _NS)
+    if nanoseconds >= _NS:
+        duration.seconds, nanoseconds = divmod(nanoseconds, _NS)
+    duration.nanos = nanoseconds
