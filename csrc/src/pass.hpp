@@ -46,11 +46,14 @@ struct Yard::Pass {
     return worst;
   }
 
-  [[nodiscard]] Charge shortfall(const Charge& need) const {
+  // What is missing when what is free and being unloaded is counted, and, with `leaving`, what
+  // leaves when its requests have ended.
+  [[nodiscard]] Charge shortfall(const Charge& need, bool with_leaving) const {
     Charge missing;
     need.for_each([&](DeviceIndex d, Bytes amount) {
       const std::size_t i = position(d);
-      missing.set(d, saturating_sub(amount, available[i] + unloading[i] + leaving[i]));
+      const Bytes coming = unloading[i] + (with_leaving ? leaving[i] : Bytes{0});
+      missing.set(d, saturating_sub(amount, available[i] + coming));
     });
     return missing;
   }
@@ -64,21 +67,40 @@ struct Yard::Pass {
     return least;
   }
 
-  // Keeps the bytes from whoever is looked at later, the soonest ones first.
-  void claim(const Charge& need) {
+  // Counts what victims will give back.
+  void count_on(std::span<const Victim> victims, const Yard& yard) {
+    for (const Victim& victim : victims) {
+      auto& kind = victim.leased ? leaving : unloading;
+      yard.entry_at(victim.entry).held.for_each([&](DeviceIndex d, Bytes b) {
+        kind[position(d)] += b;
+      });
+    }
+  }
+
+  // Keeps the bytes from whoever is looked at later.
+  void claim(const Charge& need) { take(need, {&available, &unloading, &leaving}); }
+  // The same for one that has to wait for an unload: what is free now it leaves to others as far as
+  // it can, since they may use it in the meantime.
+  void claim_later(const Charge& need) { take(need, {&unloading, &available, &leaving}); }
+
+  void claim_channels(const Charge& need) {
+    need.for_each([&](DeviceIndex d, Bytes) {
+      std::uint32_t& left = channels[position(d)];
+      if (left > 0) --left;
+    });
+  }
+
+ private:
+  using Kinds = std::array<std::array<Bytes, kMaxDevices>*, 3>;
+
+  static void take(const Charge& need, const Kinds& kinds) {
     need.for_each([&](DeviceIndex d, Bytes amount) {
-      for (auto* kind : {&available, &unloading, &leaving}) {
+      for (auto* kind : kinds) {
         Bytes& there = (*kind)[position(d)];
         const Bytes taken = std::min(there, amount);
         there -= taken;
         amount -= taken;
       }
-    });
-  }
-  void claim_channels(const Charge& need) {
-    need.for_each([&](DeviceIndex d, Bytes) {
-      std::uint32_t& left = channels[position(d)];
-      if (left > 0) --left;
     });
   }
 };

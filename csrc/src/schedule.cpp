@@ -9,13 +9,16 @@
 namespace modelyard {
 
 // --- Scheduling
-// ---------------------------------------------------------------------------------------------------------
 
 Tick Yard::overdue_at(const Entry& entry) const {
   const Ticket& oldest = *tickets_.find(entry.oldest);
   Duration patience = options_.overdue_after;
   if (oldest.deadline != kNever) {
-    patience = std::min(patience, (oldest.deadline - oldest.arrival) / 2);
+    // Half of its time; but nobody is asked to leave for a request that a load would outlast.
+    const Duration half = (oldest.deadline - oldest.arrival) / 2;
+    if (std::chrono::duration<double>(half).count() >= entry.reload_seconds) {
+      patience = std::min(patience, half);
+    }
   }
   return saturating_add(oldest.arrival, patience);
 }
@@ -83,7 +86,7 @@ void Yard::fill_holders(Refuse& refusal) const {
   for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
     const Entry* entry = entries_.at(i);
     if (entry == nullptr) continue;
-    const Bytes held = entry->held.on(refusal.device);
+    const Bytes held = entry->held.on(refusal.device) + entry->quarantined.on(refusal.device);
     if (held <= refusal.holders.back().bytes) continue;
     refusal.holders.back() = Holder{entries_.id_at(i), held};
     for (std::size_t k = refusal.holders.size() - 1; k > 0; --k) {
@@ -93,8 +96,7 @@ void Yard::fill_holders(Refuse& refusal) const {
   }
 }
 
-void Yard::schedule(Actions& out) {
-  if (waiting_.empty() && !ledger_.any_deficit()) return;
+Yard::Pass Yard::make_pass() const {
   Pass pass;
   for (std::size_t i = 0; i < device_count(); ++i) {
     const Account& account = ledger_.account(static_cast<DeviceIndex>(i));
@@ -103,10 +105,16 @@ void Yard::schedule(Actions& out) {
     const Bytes leaving = account.draining - unloading_[i];
     pass.unloading[i] = saturating_sub(unloading_[i], account.deficit);
     pass.leaving[i] = saturating_sub(leaving, saturating_sub(account.deficit, unloading_[i]));
-    pass.channels[i] = options_.load_channels_per_device -
-                       std::min(options_.load_channels_per_device, loading_[i]);
+    const std::uint32_t channels = options_.load_channels_per_device;
+    pass.channels[i] = channels - std::min(channels, loading_[i]);
   }
-  repay_deficits(pass, out);
+  return pass;
+}
+
+void Yard::schedule(Actions& out) {
+  if (waiting_.empty() && !ledger_.any_deficit()) return;
+  repay_deficits(out);
+  Pass pass = make_pass();
   // schedule_model takes at most its own model out of the list.
   for (auto next = waiting_.begin(); next != waiting_.end();) {
     const EntryIndex index = (next++)->second;
@@ -114,7 +122,7 @@ void Yard::schedule(Actions& out) {
   }
 }
 
-void Yard::repay_deficits(Pass& pass, Actions& out) {
+void Yard::repay_deficits(Actions& out) {
   Charge owed;
   for (std::size_t i = 0; i < device_count(); ++i) {
     const auto device = static_cast<DeviceIndex>(i);
@@ -131,12 +139,7 @@ void Yard::repay_deficits(Pass& pass, Actions& out) {
     most.set(d, std::min(sum, owed.on(d)));
   });
   if (std::optional<Plan> plan = plan_eviction(all, most, budgets_, *policy_, request_clock_)) {
-    for (const Victim& victim : plan->victims) {
-      const Bytes bytes = entry_at(victim.entry).held.total();
-      explain(victim.leased ? Decision::kDrained : Decision::kEvicted, entries_.id_at(victim.entry),
-              ModelId{}, victim.score, bytes);
-    }
-    evict(*plan, pass, out);
+    evict(*plan, ModelId{}, out);
   }
 }
 
@@ -171,7 +174,7 @@ void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
         if (soon == kNone) soon = p;
         break;
       case Pass::Reach::kLater:
-        if (later == kNone) later = p;
+        if (later == kNone && pass.has_channels(need)) later = p;
         break;
       case Pass::Reach::kNot:
         break;
@@ -189,48 +192,40 @@ void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
 
   // 2. Keep what is on its way, and the turn to load with it.
   if (soon != kNone) {
-    pass.claim(entry.placements[soon]);
+    pass.claim_later(entry.placements[soon]);
     pass.claim_channels(entry.placements[soon]);
     return;
   }
+  const bool overdue = overdue_at(entry) <= now_;
   // Requests that run may run for long: the bytes are kept, the channel is not.
-  if (later != kNone) {
+  if (later != kNone && !overdue) {
     pass.claim(entry.placements[later]);
     return;
   }
 
-  // 3. Make room, where it costs least.
-  const bool overdue = overdue_at(entry) <= now_;
-  std::optional<Plan> best;
-  for (const bool with_leased : {false, true}) {
-    if (with_leased && (best || !overdue)) break;
-    if (!with_leased && !pass.idle_known) {
-      pass.idle = residents(false);
-      pass.idle_known = true;
-    }
-    const std::vector<Resident> candidates = with_leased ? residents(true) : pass.idle;
-    for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
-      const Charge& need = entry.placements[p];
-      if (is_closed(need) || (!with_leased && !pass.has_channels(need))) continue;
-      std::optional<Plan> plan =
-          plan_eviction(candidates, pass.shortfall(need), budgets_, *policy_, request_clock_);
-      if (plan && (!best || plan->cost < best->cost)) {
-        best = std::move(plan);
-        chosen = p;
-      }
-    }
+  // 3. Make room, where it costs least: by idle models, and for an overdue one by models in use.
+  if (!pass.idle_known) {
+    pass.idle = residents(false);
+    pass.idle_known = true;
   }
-  if (best) {
-    const ModelId cause = entries_.id_at(index);
-    for (const Victim& victim : best->victims) {
-      explain(victim.leased ? Decision::kDrained : Decision::kEvicted, entries_.id_at(victim.entry),
-              cause, victim.score, entry_at(victim.entry).held.total());
-    }
-    evict(*best, pass, out);
-    pass.claim(entry.placements[chosen]);
-    const bool at_once = std::none_of(best->victims.begin(), best->victims.end(),
+  Room room = cheapest_room(entry, pass, pass.idle, Count::kUnloading);
+  if (!room.plan && later != kNone) {
+    pass.claim(entry.placements[later]);  // Those who are to leave suffice, once they do.
+    return;
+  }
+  if (!room.plan) room = cheapest_room(entry, pass, pass.idle, Count::kLeaving);
+  if (!room.plan && overdue) {
+    room = cheapest_room(entry, pass, residents(true), Count::kLeaving);
+  }
+  if (room.plan) {
+    pass.count_on(room.plan->victims, *this);
+    evict(*room.plan, entries_.id_at(index), out);
+    pass.idle_known = false;
+    const Charge& need = entry.placements[room.placement];
+    const bool at_once = std::none_of(room.plan->victims.begin(), room.plan->victims.end(),
                                       [](const Victim& victim) { return victim.leased; });
-    if (at_once) pass.claim_channels(entry.placements[chosen]);
+    pass.claim(need);
+    if (at_once) pass.claim_channels(need);
     return;
   }
 
@@ -241,36 +236,52 @@ void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
   }
 }
 
-void Yard::evict(const Plan& plan, Pass& pass, Actions& out) {
+// The placement for which making room costs least, when what is on its way back is counted as
+// `count` says. Only placements with a load channel: nobody leaves for a model before it can come.
+Yard::Room Yard::cheapest_room(const Entry& entry, const Pass& pass,
+                               std::span<const Resident> candidates, Count count) const {
+  Room best;
+  for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
+    const Charge& need = entry.placements[p];
+    if (is_closed(need) || !pass.has_channels(need)) continue;
+    std::optional<Plan> plan =
+        plan_eviction(candidates, pass.shortfall(need, count == Count::kLeaving), budgets_,
+                      *policy_, request_clock_);
+    if (plan && (!best.plan || plan->cost < best.plan->cost)) {
+      best.plan = std::move(plan);
+      best.placement = p;
+    }
+  }
+  return best;
+}
+
+void Yard::evict(const Plan& plan, ModelId cause, Actions& out) {
   for (const Victim& victim : plan.victims) {
     Entry& entry = entry_at(victim.entry);
+    explain(victim.leased ? Decision::kDrained : Decision::kEvicted, entries_.id_at(victim.entry),
+            cause, victim.score, entry.held.total());
     ++entry.eviction_count;
     ++counters_.eviction_count;
-    auto& kind = victim.leased ? pass.leaving : pass.unloading;
-    entry.held.for_each([&](DeviceIndex d, Bytes b) {
-      kind[position(d)] += b;
-      ++device_counters_[position(d)].eviction_count;
-    });
+    entry.held.for_each(
+        [&](DeviceIndex d, Bytes) { ++device_counters_[position(d)].eviction_count; });
     start_drain(victim.entry, out);
   }
-  pass.idle_known = false;
 }
 
 std::optional<Plan> Yard::plan_for(ModelId model) const {
   const Entry* entry = entries_.find(model);
-  if (entry == nullptr) return std::nullopt;
-  const std::vector<Resident> idle = residents(false);
-  std::optional<Plan> best;
-  for (const Charge& need : entry->placements) {
-    Charge shortfall;
-    need.for_each([&](DeviceIndex d, Bytes amount) {
-      shortfall.set(d, saturating_sub(amount, ledger_.account(d).free()));
-    });
-    if (shortfall.empty()) return std::nullopt;
-    std::optional<Plan> plan = plan_eviction(idle, shortfall, budgets_, *policy_, request_clock_);
-    if (plan && (!best || plan->cost < best->cost)) best = std::move(plan);
+  if (entry == nullptr || (entry->state != State::kCold && entry->state != State::kQueued &&
+                           entry->state != State::kFailed)) {
+    return std::nullopt;
   }
-  return best;
+  const Pass pass = make_pass();
+  for (const Charge& need : entry->placements) {
+    if (!is_closed(need) && pass.reach(need) != Pass::Reach::kNot) return std::nullopt;
+  }
+  const std::vector<Resident> idle = residents(false);
+  Room room = cheapest_room(*entry, pass, idle, Count::kUnloading);
+  if (!room.plan) room = cheapest_room(*entry, pass, idle, Count::kLeaving);
+  return std::move(room.plan);
 }
 
 void Yard::wake(Actions& out) {

@@ -9,7 +9,6 @@
 namespace modelyard {
 
 // --- Tickets and leases
-// -------------------------------------------------------------------------------------------------
 
 TicketId Yard::add_ticket(EntryIndex index, Tick deadline) {
   Entry& entry = entry_at(index);
@@ -118,7 +117,6 @@ void Yard::leave_waiting(EntryIndex index) {
 }
 
 // --- Transitions
-// --------------------------------------------------------------------------------------------------------
 
 void Yard::start_load(EntryIndex index, std::uint32_t placement, Actions& out) {
   Entry& entry = entry_at(index);
@@ -183,14 +181,15 @@ void Yard::drain_closed(Actions& out) {
 
 void Yard::learn_size(EntryIndex index, const Charge& actual) {
   Entry& entry = entry_at(index);
-  if (actual.fits_within(entry.held)) return;
-  const Charge over = actual.saturating_minus(entry.held);
+  const bool promised = entry.placement < entry.placements.size();
+  // While it loads, held is what was promised, also if its placements have been replaced since.
+  const Charge& promise =
+      promised && entry.state != State::kLoading ? entry.placements[entry.placement] : entry.held;
+  if (actual.fits_within(promise)) return;
+  const Charge over = actual.saturating_minus(promise);
   explain(Decision::kOvershoot, entries_.id_at(index), ModelId{}, 0, over.total());
-  // While it loads, held is what was promised. Once caught out, the same promise is not made again.
-  if (entry.placement < entry.placements.size()) {
-    Charge& promise = entry.placements[entry.placement];
-    promise = promise.max(actual);
-  }
+  // Once caught out, the same promise is not made again.
+  if (promised) entry.placements[entry.placement] = entry.placements[entry.placement].max(actual);
 }
 
 }  // namespace modelyard

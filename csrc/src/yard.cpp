@@ -35,7 +35,6 @@ Duration from_seconds(double value) {
 }  // namespace
 
 // --- Construction
-// -------------------------------------------------------------------------------------------------------
 
 Result<Yard> Yard::create(YardOptions options) {
   const auto invalid = [](std::string text) {
@@ -77,7 +76,6 @@ Yard::Yard(YardOptions options, std::unique_ptr<Policy> policy)
       closed_(options_.budgets.size()) {}
 
 // --- Models and devices
-// -------------------------------------------------------------------------------------------------
 
 Result<ModelId> Yard::add_model(ModelSpec spec) {
   if (Status checked = check_placements(spec.placements); !checked) return checked.error();
@@ -101,6 +99,7 @@ Status Yard::update_placements(ModelId model, std::vector<Charge> placements, Ti
   if (Status checked = check_placements(placements); !checked) return checked;
   begin(now, out);
   entry->placements = std::move(placements);
+  entry->placement = kMaxPlacements;  // What it holds belongs to none of these.
   schedule(out);
   finish(out);
   return Done{};
@@ -184,7 +183,8 @@ Status Yard::unload(ModelId model, Tick now, Actions& out) {
     start_drain(EntryTable::index_of(model), out);
   } else if (entry->state == State::kLoading && !entry->leave_after) {
     entry->leave_after = true;
-    out.push_back(CancelLoad{model});
+    // Whoever waits is served first: a load that is stopped for them would only begin again.
+    if (entry->waiting_count == 0) out.push_back(CancelLoad{model});
   }
   schedule(out);
   finish(out);
@@ -217,7 +217,6 @@ Status Yard::set_device_closed(DeviceIndex device, bool closed, Tick now, Action
 }
 
 // --- Requests
-// -----------------------------------------------------------------------------------------------------------
 
 Result<std::optional<LeaseId>> Yard::try_acquire(ModelId model, Tick now) {
   const Entry* entry = live(model);
@@ -277,13 +276,9 @@ Result<TicketId> Yard::request(ModelId model, Tick now, Tick deadline, Actions& 
 
 Status Yard::cancel(TicketId ticket, Tick now, Actions& out) {
   if (tickets_.find(ticket) == nullptr) return stale("the ticket");
+  drop_ticket(ticket);  // First: its deadline may have passed just now, and it has ended already.
   begin(now, out);
-  // Its deadline may have passed just now: then it has been refused, and there is nothing left to
-  // cancel.
-  if (tickets_.find(ticket) != nullptr) {
-    drop_ticket(ticket);
-    schedule(out);
-  }
+  schedule(out);
   finish(out);
   return Done{};
 }
@@ -293,6 +288,7 @@ Status Yard::release(LeaseId lease, Tick now, Actions& out) {
   if (held == nullptr) return stale("the lease");
   const EntryIndex index = held->entry;
   Entry& entry = entry_at(index);
+  now_ = std::max(now_, now);
   leases_.erase(lease);
   --entry.lease_count;
   if (entry.lease_count > 0) return Done{};
@@ -307,7 +303,6 @@ Status Yard::release(LeaseId lease, Tick now, Actions& out) {
 }
 
 // --- What became of the actions
-// -----------------------------------------------------------------------------------------
 
 Status Yard::load_done(ModelId model, Tick now, const Charge& actual, Duration took, Actions& out) {
   Entry* entry = entries_.find(model);
@@ -415,7 +410,7 @@ Status Yard::reclaimed(ModelId model, Tick now, const Charge& bytes, Actions& ou
   begin(now, out);
   ledger_.reclaim(bytes);
   entry->quarantined = entry->quarantined.saturating_minus(bytes);
-  if (entry->removed && entry->held.empty()) come_to_rest(EntryTable::index_of(model));
+  if (entry->removed && entry->state == State::kCold) come_to_rest(EntryTable::index_of(model));
   schedule(out);
   finish(out);
   return Done{};
@@ -448,7 +443,6 @@ void Yard::tick(Tick now, Actions& out) {
 }
 
 // --- Beginning and end of every event
-// -----------------------------------------------------------------------------------
 
 void Yard::begin(Tick now, Actions& out) {
   now_ = std::max(now_, now);

@@ -532,6 +532,10 @@ class Referee {
     });
   }
 
+  [[nodiscard]] std::int64_t unloading(std::size_t where) const {
+    return bytes_where(where, [](const Model& model) { return model.phase == Phase::kUnloading; });
+  }
+
   [[nodiscard]] std::int64_t idle(std::size_t where) const {
     return bytes_where(where, [](const Model& model) {
       return model.phase == Phase::kResident && model.leases.empty() && !model.pinned;
@@ -727,7 +731,8 @@ class Referee {
   }
 
   // Reads the decisions of this call. If nothing else went on, the victims must be a set that makes
-  // the one waiting model fit, and none of them can be left out.
+  // the one waiting model fit, and none of them can be left out: either with what leaves when its
+  // requests have ended, or, for one that will not wait for those, without it.
   [[nodiscard]] Verdict check_victims(const Yard& yard, bool quiet) {
     std::map<ModelId, std::vector<Charge>> victims;
     const auto& log = yard.explanations().entries();
@@ -749,12 +754,16 @@ class Referee {
       const auto& placements = found->second.placements;
       const bool good =
           std::any_of(placements.begin(), placements.end(), [&](const Charge& wanted) {
-            const auto covers = [&](const Charge& without) {
-              return everywhere(wanted, [&](std::size_t where, std::int64_t bytes) {
-                return bytes <= room(where) + leaving(where) - without.on(at(where)).value;
-              });
+            const auto minimal = [&](bool with_leaving) {
+              const auto covers = [&](const Charge& without) {
+                return everywhere(wanted, [&](std::size_t where, std::int64_t bytes) {
+                  const std::int64_t back = with_leaving ? leaving(where) : unloading(where);
+                  return bytes <= room(where) + back - without.on(at(where)).value;
+                });
+              };
+              return covers(Charge{}) && std::none_of(charges.begin(), charges.end(), covers);
             };
-            return covers(Charge{}) && std::none_of(charges.begin(), charges.end(), covers);
+            return minimal(true) || minimal(false);
           });
       if (!good) return "the victims for " + describe(cause) + " are too few or too many";
     }

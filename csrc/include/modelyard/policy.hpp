@@ -19,15 +19,16 @@ struct Candidate {
 /// Says which resident model is worth least.
 ///
 /// The contract, checked by csrc/tests/policy_test.cpp for every policy:
-///   - on_add comes before anything else about an entry and forgets what the slot was before.
-///   - on_request comes once for every request of a model, resident or not, with a clock that grows
+/// - on_add comes before anything else about an entry and forgets what the slot was before.
+/// - on_request comes once for every request of a model, resident or not, with a clock that grows
 ///   by one each time.
-///   - score is a pure function of what was reported: finite, the same when asked again, and of no
+/// - score is a pure function of what was reported: finite, the same when asked again, and of no
 ///   effect.
-///   - candidates are idle: the yard never shows a policy a leased, pinned, loading or draining
-///   model.
-///   - a policy keeps history over evictions; that a model left is no reason to forget how often it
+/// - Candidates are resident: the yard never shows a policy a pinned, loading or leaving model, and
+///   a leased one only for a model that is overdue, behind every idle one.
+/// - A policy keeps history over evictions; that a model left is no reason to forget how often it
 ///   was wanted.
+///
 /// The candidate with the lowest score goes first. Scores of one policy compare with each other
 /// only. Not thread-safe.
 class Policy {

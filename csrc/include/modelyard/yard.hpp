@@ -66,31 +66,39 @@ struct DeviceCounters {
 /// tests run this very class.
 ///
 /// Invariants, checked by audit() and, where MODELYARD_CHECK_INVARIANTS is set, after every event:
-///   I1  The ledger is the sum of the entries, per device and kind.
-///   I2  On every device used <= budget + deficit, and admitting a model never makes or widens a
-///   deficit. I3  A model is unloaded only when nobody holds a lease on it; a lease is granted only
-///   on a RESIDENT model. I4  A RESIDENT model has no waiting tickets: whoever waits is granted
-///   when the load ends. I5  A pinned model never gets Unload or Drain, except when it is removed.
-///   I6  Every ticket ends in exactly one of Grant, Refuse, or a cancel by its owner.
-///   I7  Victims are chosen only as a complete set that makes the waiting model fit; nobody is
-///   unloaded for a model that
-///       then cannot be loaded.
-///   I8  A model that waits is QUEUED (or on its way out, to be QUEUED then) and stands in the
-///   waiting list at the place
-///       of its oldest ticket.
+/// - I1: The ledger is the sum of the entries, per device and kind.
+/// - I2: On every device used <= budget + deficit, and admitting a model never makes or widens a
+///   deficit.
+/// - I3: A model is unloaded only when nobody holds a lease on it; a lease is granted only on a
+///   RESIDENT model.
+/// - I4: A RESIDENT model has no waiting tickets: whoever waits is granted when the load ends.
+/// - I5: A pinned model is never a victim. It leaves only if it is removed, or was already leaving
+///   when it was pinned.
+/// - I6: Every ticket ends in exactly one of Grant, Refuse, or a cancel by its owner.
+/// - I7: Victims are chosen only as a complete set that makes the waiting model fit.
+/// - I8: A model that waits is QUEUED (or on its way out, to be QUEUED then) and stands in the
+///   waiting list at the place of its oldest ticket.
 ///
 /// Scheduling. Waiting models are looked at in the order of their oldest ticket. One whose bytes
-/// are free is loaded; one whose bytes are on their way back keeps them to itself; one that needs
-/// victims gets them if the idle models suffice. One that could only get room from models in use
-/// lets younger ones pass, but only until it is overdue (see is_overdue): then the cheapest set is
-/// drained for it, and what becomes free is its own. So a small load is not stuck behind a big one,
-/// a big one is not starved by small ones, and a model in endless use is asked to leave in the end.
+/// are free is loaded, where most room is left; one whose bytes are on their way back keeps them to
+/// itself; one that needs victims gets them if the idle models suffice, where it costs least. One
+/// that could only get room from models in use lets younger ones pass, but only until it is
+/// overdue: when its oldest request has waited for `overdue_after`, or for half the time to its
+/// deadline if a load fits into the other half. Then the cheapest set is drained for it, and what
+/// becomes free is its own. So a small load is not stuck behind a big one, a big one is not starved
+/// by small ones, and a model in endless use is asked to leave in the end.
+///
+/// Sizes. A placement is an upper bound that the caller vouches for. A load that turns out larger
+/// makes a deficit, which is repaid before anything else is loaded on the device, and the placement
+/// grows to what was measured: the same promise is not made twice.
 ///
 /// Errors: a call with a stale id, or that does not fit the model's state, changes nothing and says
 /// so. Times that run backwards are taken as standing still.
 ///
 /// Cost: try_acquire and release of a resident model touch one entry and one lease slot. Everything
-/// else is O(waiting models + residents) at worst. Not thread-safe.
+/// else is O(waiting models + residents) at worst.
+///
+/// Not thread-safe.
 class Yard {
  public:
   /// A yard without models. Fails with kInvalidArgument if an option is out of range or the policy
@@ -104,7 +112,6 @@ class Yard {
   ~Yard() = default;
 
   // --- Models and devices
-  // -----------------------------------------------------------------------------------------------
 
   /// Adds a model, cold. A model larger than every budget may be added; its requests are refused
   /// with kNeverFits.
@@ -112,13 +119,14 @@ class Yard {
   /// Replaces what a model's next loads may take. What it holds now stays as it is.
   Status update_placements(ModelId model, std::vector<Charge> placements, Tick now, Actions& out);
   /// Takes a model out. Its waiting tickets are refused (kRemoved), leases run on, its memory comes
-  /// back after them. The id stays good for the events of that (load_done, release, unload_done,
-  /// reclaimed) and for nothing else.
+  /// back after them. The id stays good for the events of that (load_done, load_failed,
+  /// release, unload_done, remeasured, reclaimed) and for nothing else.
   Status remove_model(ModelId model, Tick now, Actions& out);
   /// A pinned model is never a victim. Pinning does not load it.
   Status pin(ModelId model, Tick now, Actions& out);
   Status unpin(ModelId model, Tick now, Actions& out);
-  /// Asks a model to leave. Nothing happens to one that holds nothing. kPinned if it is pinned.
+  /// Asks a model to leave: at once if it is resident, after its load if somebody waits for that.
+  /// Nothing happens to one that holds nothing. kPinned if it is pinned.
   Status unload(ModelId model, Tick now, Actions& out);
   /// Changes a budget. Models that no longer fit are drained, idle ones first.
   Status set_budget(DeviceIndex device, Bytes budget, Tick now, Actions& out);
@@ -127,7 +135,6 @@ class Yard {
   Status set_device_closed(DeviceIndex device, bool closed, Tick now, Actions& out);
 
   // --- Requests
-  // ---------------------------------------------------------------------------------------------------------
 
   /// The way of a hit: a lease if the model is RESIDENT, nothing (and no change) if it is not.
   Result<std::optional<LeaseId>> try_acquire(ModelId model, Tick now);
@@ -141,7 +148,6 @@ class Yard {
   Status release(LeaseId lease, Tick now, Actions& out);
 
   // --- What became of the actions
-  // ---------------------------------------------------------------------------------------
 
   /// A load has ended well: the model holds `actual`, and loading took `took`.
   Status load_done(ModelId model, Tick now, const Charge& actual, Duration took, Actions& out);
@@ -157,7 +163,6 @@ class Yard {
   void tick(Tick now, Actions& out);
 
   // --- Looking
-  // ----------------------------------------------------------------------------------------------------------
 
   /// The entry of a model, or null if the id is stale. Valid until the next call that changes the
   /// yard.
@@ -186,6 +191,15 @@ class Yard {
  private:
   // What one scheduling pass has left for the models it has not looked at yet.
   struct Pass;
+  // Where room can be made, and by whom.
+  struct Room {
+    std::optional<Plan> plan;
+    std::uint32_t placement{0};
+  };
+
+  // What a plan counts on besides free bytes: what is being unloaded, or also what leaves when its
+  // requests have ended.
+  enum class Count { kUnloading, kLeaving };
 
   Yard(YardOptions options, std::unique_ptr<Policy> policy);
 
@@ -229,10 +243,13 @@ class Yard {
   [[nodiscard]] bool is_closed(const Charge& placement) const;
   [[nodiscard]] std::vector<Resident> residents(bool with_leased) const;
   void fill_holders(Refuse& refusal) const;
+  [[nodiscard]] Pass make_pass() const;
+  [[nodiscard]] Room cheapest_room(const Entry& entry, const Pass& pass,
+                                   std::span<const Resident> candidates, Count count) const;
   void schedule(Actions& out);
-  void repay_deficits(Pass& pass, Actions& out);
+  void repay_deficits(Actions& out);
   void schedule_model(EntryIndex index, Pass& pass, Actions& out);
-  void evict(const Plan& plan, Pass& pass, Actions& out);
+  void evict(const Plan& plan, ModelId cause, Actions& out);
   void wake(Actions& out);
   void explain(Decision decision, ModelId model, ModelId cause, double score, Bytes bytes);
 

@@ -45,15 +45,15 @@ class Recipe:
     does not see.
     """
 
-    trained_layers: int = 3
+    trained_layers: int = 2
     averaging_layers: int = 2
     epochs: int = 3
     batch_size: int = 32
     learning_rate: float = 3e-4
     head_rate_factor: float = 5.0
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.05
     hidden_token_share: float = 0.15
-    average_decay: float = 0.95
+    average_decay: float = 0.9
     held_out_share: float = 0.2
     seed: int = 0
 

@@ -1,7 +1,8 @@
-"""A GPT-2 of about a million parameters that learns to continue the sentences the demo ships.
+"""A GPT-2 of about a million parameters that learns to continue the remarks the demo ships.
 
 It is small enough to train in seconds and real enough to generate: byte-level BPE tokens of its
-own (so many that common words are whole, since a second of training cannot teach spelling), a language-modelling head tied to its embeddings, an end-of-text token it learns to emit.
+own (so many that common words are whole, since seconds of training cannot teach spelling), a
+language-modelling head tied to its embeddings, an end-of-text token it learns to emit.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["train_storyteller"]
 
 _END_OF_TEXT = "<|endoftext|>"
-_VOCABULARY_SIZE = 4096
+_VOCABULARY_SIZE = 3072
 _CONTEXT_TOKENS = 64
 _BATCH_TOKENS = 32
 _BATCH_SIZE = 16
-_STEPS = 300
+_STEPS = 250
 _LEARNING_RATE = 5e-3
 
 

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from importlib import resources
 
-__all__ = ["TASKS", "Labelled", "data_digest", "english_text", "read_labelled", "read_requests"]
+__all__ = ["TASKS", "Labelled", "data_digest", "read_labelled", "read_requests"]
 
 TASKS = ("sentiment", "language", "topic")
 """The tasks with training text."""
@@ -35,13 +35,6 @@ def read_labelled(task: str) -> tuple[Labelled, ...]:
 def read_requests() -> tuple[Labelled, ...]:
     """Requests for the demo; the label is the kind of model each is meant for."""
     return _read(_REQUESTS)
-
-
-def english_text() -> tuple[str, ...]:
-    """Every English sentence of the training text, for the model that continues sentences."""
-    return tuple(
-        row.text for task in TASKS for row in _read(task) if task != "language" or row.label == "en"
-    )
 
 
 def data_digest() -> str:

@@ -1,0 +1,135 @@
+"""Models by id and by key, and what a key means."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelyard_server.catalog.catalog import Catalog
+from modelyard_server.catalog.model import Model, ModelDraft, is_key, is_model_id
+from modelyard_server.errors import Reason, Refusal, Resource
+from modelyard_server.residency.shell import ModelHandle
+from modelyard_server.routing.resolve import resolve
+from modelyard_server.runtimes.api import ModelSpec
+
+
+def model_of(model_id: str, *keys: str) -> Model:
+    spec = ModelSpec(name=model_id, runtime="fake")
+    return Model(
+        draft=ModelDraft(id=model_id, keys=keys, runtime="fake", options={}),
+        handle=ModelHandle(name=model_id, core_id=1, spec=spec, placements=(0,), needed_bytes=1),
+        estimated_bytes=1,
+        created=datetime(2026, 1, 1, tzinfo=UTC),
+        etag='"1"',
+    )
+
+
+def test_a_model_goes_by_its_id_and_its_keys_until_it_is_removed() -> None:
+    catalog = Catalog()
+    keys = catalog.keys
+    model = model_of("m", "a/b", "m:v2")
+    catalog.add(model)
+    assert catalog.get("m") is model
+    assert dict(keys) == {"m": model, "a/b": model, "m:v2": model}
+    for key in keys:
+        assert resolve(keys, key) is model
+    catalog.remove(model)
+    assert not keys
+    assert catalog.models() == []
+    catalog.add(model_of("m", "a/b"))
+
+
+def test_the_view_of_the_keys_cannot_be_written() -> None:
+    with pytest.raises(TypeError):
+        Catalog().keys["a"] = model_of("m")  # type: ignore[index]  # the point of the test
+
+
+def test_models_are_in_the_order_of_their_ids() -> None:
+    catalog = Catalog()
+    for model_id in ("b", "a.2", "c", "a.10"):
+        catalog.add(model_of(model_id))
+    assert [model.id for model in catalog.models()] == ["a.10", "a.2", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("model_id", "keys", "resource"),
+    [
+        ("m", (), Resource("model", "models/m")),
+        ("n", ("k",), Resource("key", "k")),
+        ("k", (), Resource("key", "k")),
+        ("n", ("m",), Resource("key", "m")),
+        ("n", ("free", "k"), Resource("key", "k")),
+    ],
+)
+def test_what_is_taken_is_refused_and_changes_nothing(
+    model_id: str, keys: tuple[str, ...], resource: Resource
+) -> None:
+    catalog = Catalog()
+    catalog.add(model_of("m", "k"))
+    with pytest.raises(Refusal) as caught:
+        catalog.add(model_of(model_id, *keys))
+    assert caught.value.reason is Reason.ALREADY_EXISTS
+    assert caught.value.resource == resource
+    assert sorted(catalog.keys) == ["k", "m"]
+    assert len(catalog.models()) == 1
+
+
+def test_a_models_own_id_may_be_among_its_keys() -> None:
+    catalog = Catalog()
+    model = model_of("m", "m")
+    catalog.add(model)
+    assert list(catalog.keys) == ["m"]
+    catalog.remove(model)
+    assert not catalog.keys
+
+
+def test_an_unknown_model_is_not_found() -> None:
+    with pytest.raises(Refusal) as caught:
+        Catalog().get("m")
+    assert caught.value.reason is Reason.MODEL_NOT_FOUND
+    assert caught.value.resource == Resource("model", "models/m")
+
+
+def test_an_unknown_key_is_not_found_and_a_long_one_is_shortened() -> None:
+    for key, shown in (("k", "k"), ("k" * 256, "k" * 61 + "...")):
+        with pytest.raises(Refusal) as caught:
+            resolve({}, key)
+        assert caught.value.reason is Reason.KEY_NOT_FOUND
+        assert caught.value.resource == Resource("key", shown)
+        assert len(caught.value.text) < 120
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a..b", "a b", "a\n", "é", "a" * 257, "../etc", ":a"])
+def test_what_can_be_no_key_is_refused_as_such(key: str) -> None:
+    assert not is_key(key)
+    with pytest.raises(Refusal) as caught:
+        resolve({}, key)
+    assert caught.value.reason is Reason.INVALID_FIELD
+    assert [v.field for v in caught.value.violations] == ["key"]
+    assert key[:40] not in caught.value.text or len(key) < 3
+
+
+@pytest.mark.parametrize("model_id", ["", "A", "a/b", "a:b", "a..b", "-a", "a" * 129, "a\n", "é"])
+def test_what_is_no_model_id(model_id: str) -> None:
+    assert not is_model_id(model_id)
+
+
+@pytest.mark.parametrize("model_id", ["a", "0", "a.b-c_d", "a" * 128, "a."])
+def test_what_is_a_model_id(model_id: str) -> None:
+    assert is_model_id(model_id)
+    assert is_key(model_id)
+
+
+@given(text=st.text())
+def test_every_model_id_is_a_key_and_no_path(text: str) -> None:
+    if is_model_id(text):
+        assert is_key(text)
+        assert "/" not in text
+    if is_key(text):
+        assert text.isascii()
+        assert text.isprintable()
+        assert not text.startswith("/")
+        assert ".." not in text

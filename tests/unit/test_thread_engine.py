@@ -1,0 +1,545 @@
+"""The engine of threads, with a runtime whose models do what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+from weakref import ReferenceType, ref
+
+import pytest
+
+from modelyard_server.execution.engine import EngineDevice, ModelFailed, RunOutcome, Work
+from modelyard_server.execution.thread_engine import ThreadEngine
+from modelyard_server.runtimes.api import (
+    JsonValue,
+    LoadCancelled,
+    LoadedModel,
+    ModelFilesError,
+    ModelSpec,
+    OptionError,
+    Price,
+    Runtime,
+    StopCheck,
+)
+from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
+
+PATIENCE_S = 10
+INPUT = TensorValue(name="x", dtype=DType.UINT8, shape=(3,), data=b"abc")
+
+
+class Weights:
+    """What a model holds."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+
+
+class Toy(LoadedModel):
+    """Does what its spec's options say."""
+
+    def __init__(self, size_bytes: int, behaviour: Callable[[Toy], Any]) -> None:
+        self.weights: Weights | None = Weights(size_bytes)
+        self._behaviour = behaviour
+
+    def run(
+        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
+    ) -> tuple[TensorValue, ...]:
+        kept = self.weights  # A local that an exception's frames would hold.
+        assert kept is not None
+        self._behaviour(self)
+        return tuple(inputs)
+
+    def measured_bytes(self) -> int:
+        return self.weights.size_bytes if self.weights is not None else 0
+
+    def witnesses(self) -> tuple[ReferenceType[Any], ...]:
+        return (ref(self.weights),) if self.weights is not None else ()
+
+    def close(self) -> None:
+        self.weights = None
+
+
+class BriefToy(Toy):
+    brief = True
+
+
+class ToyRuntime(Runtime):
+    """Loads toys. `on_load` is called in the loader's thread, with weights and stop check."""
+
+    def __init__(self) -> None:
+        self.on_load: Callable[[Weights, StopCheck], None] = lambda weights, stop: None
+        self.on_run: Callable[[Toy], Any] = lambda toy: None
+        self.kind: type[Toy] = Toy
+        self.witnesses: list[ReferenceType[Weights]] = []
+        self.loaded: list[ReferenceType[Toy]] = []
+        self.threads: list[str] = []
+        self.devices: list[str] = []
+        self.warm_ups = 0
+
+    @property
+    def name(self) -> str:
+        return "toy"
+
+    def warm_up(self) -> None:
+        self.warm_ups += 1
+
+    def check(self, spec: ModelSpec) -> None:
+        if spec.task:
+            raise OptionError("task", "there is none")
+
+    def price(self, spec: ModelSpec) -> Price:
+        if spec.options.get("broken"):
+            raise ModelFilesError("cut short")
+        return Price(resting_bytes=spec.options["size"], peak_bytes=spec.options["size"])
+
+    def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
+        self.threads.append(threading.current_thread().name)
+        self.devices.append(device)
+        toy = self.kind(spec.options["size"], self.on_run)
+        assert toy.weights is not None
+        self.witnesses.append(ref(toy.weights))
+        self.loaded.append(ref(toy))
+        self.on_load(toy.weights, stop)
+        return toy
+
+
+def spec_of(name: str = "m", size: int = 100, **options: Any) -> ModelSpec:
+    return ModelSpec(name=name, runtime="toy", options={"size": size} | options)
+
+
+@pytest.fixture
+def runtime() -> ToyRuntime:
+    return ToyRuntime()
+
+
+@pytest.fixture
+async def engine(runtime: ToyRuntime) -> AsyncIterator[ThreadEngine]:
+    unexpected: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: unexpected.append(context))
+    before = set(threading.enumerate())
+    made = ThreadEngine(
+        devices=[EngineDevice(name=f"toy{i}", torch_device="cpu", threads=1) for i in range(2)],
+        runtimes={"toy": runtime},
+    )
+    await made.start(["toy"])
+    yield made
+    await asyncio.wait_for(made.stop(), PATIENCE_S)
+    left = [t.name for t in set(threading.enumerate()) - before if "toy" in t.name]
+    assert not left
+    assert not unexpected
+
+
+class Answer:
+    """The outcome of a run."""
+
+    def __init__(self, engine: ThreadEngine, model: int, *inputs: TensorValue) -> None:
+        self.outcomes: list[RunOutcome | None] = []
+        self._done = asyncio.Event()
+        self.work: Work = engine.run(model, inputs or (INPUT,), {}, self._on_done)
+
+    def _on_done(self, outcome: RunOutcome | None) -> None:
+        self.outcomes.append(outcome)
+        self._done.set()
+
+    async def get(self) -> RunOutcome | None:
+        async with asyncio.timeout(PATIENCE_S):
+            await self._done.wait()
+        (outcome,) = self.outcomes
+        return outcome
+
+
+# --- Loading and unloading ------------------------------------------------------------------------
+
+
+async def test_what_is_loaded_is_measured_and_what_is_unloaded_is_back(
+    engine: ThreadEngine, runtime: ToyRuntime
+) -> None:
+    assert runtime.warm_ups == 1
+    assert (await engine.price(spec_of(size=70))).peak_bytes == 70
+    assert await engine.load(1, spec_of("a", 100), 0) == 100
+    assert await engine.load(2, spec_of("b", 30), 0) == 30
+    assert await engine.load(3, spec_of("c", 5), 1) == 5
+    assert engine.memory(0).measured_bytes == 130
+    assert engine.memory(1).measured_bytes == 5
+    assert await engine.unload(1) == 100
+    assert engine.memory(0).measured_bytes == 30
+    assert engine.memory(0).peak_measured_bytes == 130
+    assert await engine.load(1, spec_of("a", 20), 1) == 20
+    assert engine.memory(0).peak_measured_bytes == 130
+    assert engine.memory(1).peak_measured_bytes == 25
+    assert runtime.devices == ["cpu"] * 4
+
+
+async def test_an_unload_leaves_no_reference_behind(
+    engine: ThreadEngine, runtime: ToyRuntime
+) -> None:
+    gc.disable()
+    try:
+        await engine.load(1, spec_of(), 0)
+        answer = Answer(engine, 1)
+        assert await answer.get() == (INPUT,)
+        assert await engine.unload(1) == 100
+        assert runtime.witnesses[0]() is None
+        assert runtime.loaded[0]() is None
+    finally:
+        gc.enable()
+
+
+async def test_a_cycle_through_the_model_is_collected(
+    engine: ThreadEngine, runtime: ToyRuntime
+) -> None:
+    def tie(weights: Weights, stop: StopCheck) -> None:
+        weights.__dict__["me"] = weights
+
+    runtime.on_load = tie
+    await engine.load(1, spec_of(), 0)
+    assert await engine.unload(1) == 100
+    assert engine.memory(0).measured_bytes == 0
+
+
+async def test_a_model_that_is_kept_alive_is_no_memory_back_until_it_dies(
+    engine: ThreadEngine, runtime: ToyRuntime
+) -> None:
+    await engine.load(1, spec_of(), 0)
+    kept = runtime.witnesses[0]()
+    assert await engine.unload(1) == 0
+    assert engine.memory(0).measured_bytes == 100
+    assert await engine.recheck(1) == 0
+    assert await engine.recheck(1) == 0
+    del kept
+    assert await engine.recheck(1) == 100
+    assert engine.memory(0).measured_bytes == 0
+    assert await engine.recheck(1) == 0
+    assert await engine.recheck(99) == 0
+
+
+async def test_each_leak_of_a_model_comes_back_by_itself(
+    engine: ThreadEngine, runtime: ToyRuntime
+) -> None:
+    kept: list[Weights | None] = []
+    for size in (100, 30):
+        await engine.load(1, spec_of(size=size), 0)
+        kept.append(runtime.witnesses[-1]())
+        assert await engine.unload(1) == 0
+    kept[0] = None
+    assert await engine.recheck(1) == 100
+    assert engine.memory(0).measured_bytes == 30
+    kept[1] = None
+    assert await engine.recheck(1) == 30
+
+
+@pytest.mark.parametrize(
+    "error", [ModelFilesError("cut short"), RuntimeError("boom"), LoadCancelled()]
+)
+async def test_a_load_that_fails_holds_nothing(
+    engine: ThreadEngine, runtime: ToyRuntime, error: Exception
+) -> None:
+    def fail(weights: Weights, stop: StopCheck) -> None:
+        raise error
+
+    runtime.on_load = fail
+    gc.disable()
+    try:
+        with pytest.raises(type(error)) as caught:
+            await engine.load(1, spec_of(), 0)
+        assert caught.value is error
+        assert runtime.witnesses[0]() is None
+        assert engine.memory(0).measured_bytes == 0
+        assert engine.memory(0).peak_measured_bytes == 0
+    finally:
+        gc.enable()
+    runtime.on_load = lambda weights, stop: None
+    assert await engine.load(1, spec_of(), 0) == 100
+
+
+async def test_a_failed_load_holds_nothing_through_the_cause_of_its_error(
+    engine: ThreadEngine, runtime: ToyRuntime
+) -> None:
+    def fail(weights: Weights, stop: StopCheck) -> None:
+        try:
+            _fail_holding(weights)
+        except OSError as cause:
+            raise ModelFilesError("cannot be read", transient=True) from cause
+
+    runtime.on_load = fail
+    gc.disable()
+    try:
+        with pytest.raises(ModelFilesError):
+            await engine.load(1, spec_of(), 0)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert runtime.witnesses[0]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("error", [StopIteration("boom"), SystemExit("boom"), KeyboardInterrupt()])
+async def test_a_loader_that_raises_what_it_must_not_fails_its_load_and_nothing_else(
+    engine: ThreadEngine, runtime: ToyRuntime, error: BaseException
+) -> None:
+    def fail(weights: Weights, stop: StopCheck) -> None:
+        raise error
+
+    runtime.on_load = fail
+    task = asyncio.create_task(_outcome_of(engine.load(1, spec_of(), 0)))
+    done, _ = await asyncio.wait({task}, timeout=2)
+    assert done, "the load never ends"
+    outcome = task.result()
+    assert isinstance(outcome, Exception), f"{outcome!r} would end the server"
+    runtime.on_load = lambda weights, stop: None
+    assert await engine.load(2, spec_of(), 0) == 100
+
+
+async def _outcome_of(work: Any) -> Any:
+    try:
+        return await work
+    except BaseException as error:
+        return error
+
+
+async def test_cancel_load_stops_a_load_that_asks(
+    engine: ThreadEngine, runtime: ToyRuntime
+) -> None:
+    began = threading.Event()
+    go_on = threading.Event()
+
+    def ask(weights: Weights, stop: StopCheck) -> None:
+        began.set()
+        go_on.wait(PATIENCE_S)
+        if stop():
+            raise LoadCancelled
+
+    runtime.on_load = ask
+    load = asyncio.create_task(engine.load(1, spec_of(), 0))
+    await asyncio.to_thread(began.wait, PATIENCE_S)
+    engine.cancel_load(99)
+    engine.cancel_load(1)
+    go_on.set()
+    with pytest.raises(LoadCancelled):
+        await load
+    engine.cancel_load(1)
+    runtime.on_load = lambda weights, stop: None
+    assert await engine.load(1, spec_of(), 0) == 100
+
+
+async def test_cancel_load_reaches_a_load_that_waits_for_the_loader(
+    engine: ThreadEngine, runtime: ToyRuntime
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def ask(weights: Weights, stop: StopCheck) -> None:
+        if weights.size_bytes == 1:
+            began.set()
+            go_on.wait(PATIENCE_S)
+        if stop():
+            raise LoadCancelled
+
+    runtime.on_load = ask
+    first = asyncio.create_task(engine.load(1, spec_of(size=1), 0))
+    second = asyncio.create_task(engine.load(2, spec_of(size=2), 0))
+    await asyncio.to_thread(began.wait, PATIENCE_S)
+    engine.cancel_load(2)
+    go_on.set()
+    assert await first == 1
+    with pytest.raises(LoadCancelled):
+        await second
+
+
+async def test_hits_run_while_a_load_is_stuck_on_the_same_device(
+    engine: ThreadEngine, runtime: ToyRuntime
+) -> None:
+    await engine.load(1, spec_of("hot"), 0)
+    began, go_on = threading.Event(), threading.Event()
+
+    def stick(weights: Weights, stop: StopCheck) -> None:
+        began.set()
+        go_on.wait(PATIENCE_S)
+
+    runtime.on_load = stick
+    load = asyncio.create_task(engine.load(2, spec_of("stuck"), 0))
+    try:
+        await asyncio.to_thread(began.wait, PATIENCE_S)
+        for _ in range(3):
+            assert await Answer(engine, 1).get() == (INPUT,)
+        assert (await engine.price(spec_of())).peak_bytes == 100
+        runtime.on_load = lambda weights, stop: None
+        assert await engine.load(3, spec_of("elsewhere"), 1) == 100
+        assert not load.done()
+    finally:
+        go_on.set()
+    assert await load == 100
+
+
+async def test_an_unload_whose_close_raises_ends(engine: ThreadEngine, runtime: ToyRuntime) -> None:
+    class Stubborn(Toy):
+        def close(self) -> None:
+            super().close()
+            raise RuntimeError("its library's mistake")
+
+    runtime.kind = Stubborn
+    await engine.load(1, spec_of(), 0)
+    assert await engine.unload(1) in (0, 100)
+
+
+# --- Running --------------------------------------------------------------------------------------
+
+
+async def test_models_of_a_device_run_on_its_lane_and_brief_ones_in_place(
+    engine: ThreadEngine, runtime: ToyRuntime
+) -> None:
+    where: list[str] = []
+    runtime.on_run = lambda toy: where.append(threading.current_thread().name)
+    await engine.load(1, spec_of(), 0)
+    await engine.load(2, spec_of(), 1)
+    await Answer(engine, 1).get()
+    await Answer(engine, 2).get()
+    runtime.kind = BriefToy
+    await engine.load(3, spec_of(), 0)
+    brief = Answer(engine, 3)
+    assert brief.outcomes == [(INPUT,)]
+    assert where == ["lane-toy0", "lane-toy1", threading.main_thread().name]
+    assert all(name.startswith("load-toy") for name in runtime.threads)
+
+
+@pytest.mark.parametrize("error", [TensorError("x", "too long"), OptionError("top_k", "unknown")])
+async def test_what_is_wrong_with_a_request_comes_back_as_it_is(
+    engine: ThreadEngine, runtime: ToyRuntime, error: Exception
+) -> None:
+    def fail(toy: Toy) -> None:
+        raise error
+
+    runtime.on_run = fail
+    await engine.load(1, spec_of(), 0)
+    outcome = await Answer(engine, 1).get()
+    assert outcome is error
+    assert error.__traceback__ is None
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("secret"), SystemExit("secret"), StopIteration("secret"), MemoryError()]
+)
+async def test_what_a_model_raises_becomes_model_failed_with_the_story_for_the_log(
+    engine: ThreadEngine, runtime: ToyRuntime, error: BaseException
+) -> None:
+    def fail(toy: Toy) -> None:
+        raise error
+
+    runtime.on_run = fail
+    await engine.load(1, spec_of(), 0)
+    outcome = await Answer(engine, 1).get()
+    assert isinstance(outcome, ModelFailed)
+    assert outcome.exception_type == type(error).__name__
+    assert str(outcome) == type(error).__name__
+    assert "Traceback" in outcome.log_text
+    assert "in fail" in outcome.log_text
+    # The lane lives.
+    runtime.on_run = lambda toy: None
+    await engine.load(2, spec_of(), 0)
+    assert await Answer(engine, 2).get() == (INPUT,)
+
+
+def _plain(toy: Toy) -> None:
+    raise ValueError("boom")
+
+
+# An argument and no closure: a frame that is cleared still has its function, and that its cells.
+def _fail_holding(weights: Weights | None) -> None:
+    kept = weights
+    raise OSError(f"page {id(kept)}")
+
+
+def _with_cause(toy: Toy) -> None:
+    try:
+        _fail_holding(toy.weights)
+    except OSError as cause:
+        raise ValueError("boom") from cause
+
+
+def _tensor_error_from_none(toy: Toy) -> None:
+    try:
+        _fail_holding(toy.weights)
+    except OSError:
+        raise TensorError("x", "does not fit") from None
+
+
+@pytest.mark.parametrize("behaviour", [_plain, _with_cause, _tensor_error_from_none])
+async def test_an_error_that_somebody_keeps_keeps_no_model(
+    engine: ThreadEngine, runtime: ToyRuntime, behaviour: Callable[[Toy], None]
+) -> None:
+    runtime.on_run = behaviour
+    gc.disable()
+    try:
+        await engine.load(1, spec_of(), 0)
+        answer = Answer(engine, 1)
+        outcome = await answer.get()
+        assert isinstance(outcome, Exception)
+        assert runtime.loaded[0]() is not None
+        # Whoever is to be answered holds the error still; the model's memory must not wait for it.
+        assert await engine.unload(1) == 100
+        assert runtime.witnesses[0]() is None
+        assert runtime.loaded[0]() is None
+    finally:
+        gc.enable()
+
+
+async def test_abandoned_work_that_has_not_begun_is_answered_with_none(
+    engine: ThreadEngine, runtime: ToyRuntime
+) -> None:
+    gate, runs = threading.Event(), []
+
+    def wait(toy: Toy) -> None:
+        runs.append(1)
+        gate.wait(PATIENCE_S)
+
+    runtime.on_run = wait
+    await engine.load(1, spec_of(), 0)
+    first, second = Answer(engine, 1), Answer(engine, 1)
+    second.work.abandon()
+    gate.set()
+    assert await first.get() == (INPUT,)
+    assert await second.get() is None
+    assert len(runs) == 1
+
+
+async def test_an_unknown_runtime_names_those_there_are(engine: ThreadEngine) -> None:
+    with pytest.raises(OptionError, match="'onnx' is unknown; there are: toy") as caught:
+        engine.check(ModelSpec(name="m", runtime="onnx"))
+    assert caught.value.option == "runtime"
+    with pytest.raises(OptionError):
+        await engine.price(ModelSpec(name="m", runtime="onnx"))
+
+
+async def test_what_a_runtime_says_of_files_and_options_comes_through(engine: ThreadEngine) -> None:
+    with pytest.raises(OptionError, match="there is none"):
+        engine.check(ModelSpec(name="m", runtime="toy", task="x"))
+    with pytest.raises(ModelFilesError, match="cut short"):
+        await engine.price(spec_of(broken=True))
+
+
+async def test_stop_drops_every_model_and_stops_the_loads_that_run(runtime: ToyRuntime) -> None:
+    engine = ThreadEngine(
+        devices=[EngineDevice(name="toy0", torch_device="cpu", threads=1)],
+        runtimes={"toy": runtime},
+    )
+    await engine.start(["toy"])
+    await engine.load(1, spec_of(), 0)
+    began = threading.Event()
+
+    def ask(weights: Weights, stop: StopCheck) -> None:
+        began.set()
+        while not stop():
+            threading.Event().wait(0.001)
+        raise LoadCancelled
+
+    runtime.on_load = ask
+    load = asyncio.create_task(engine.load(2, spec_of(), 0))
+    await asyncio.to_thread(began.wait, PATIENCE_S)
+    await asyncio.wait_for(engine.stop(), PATIENCE_S)
+    with pytest.raises(LoadCancelled):
+        await load
+    gc.collect()
+    assert [witness() for witness in runtime.witnesses] == [None, None]
