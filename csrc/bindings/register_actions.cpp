@@ -1,3 +1,4 @@
+#include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 
 #include "modelyard/action.hpp"
@@ -29,14 +30,16 @@ void register_actions(py::module_& module) {
   py::class_<Unload>(module, "Unload", "Give the model's memory back.")
       .def_property_readonly("model", [](const Unload& a) { return to_integer(a.model); });
 
-  py::enum_<RefuseReason>(module, "RefuseReason", "Why a ticket will not be granted.")
+  py::native_enum<RefuseReason>(module, "RefuseReason", "enum.Enum",
+                                "Why a ticket will not be granted.")
       .value("NEVER_FITS", RefuseReason::kNeverFits)
       .value("BUDGET_EXHAUSTED", RefuseReason::kBudgetExhausted)
       .value("QUEUE_FULL", RefuseReason::kQueueFull)
       .value("LOAD_FAILED", RefuseReason::kLoadFailed)
       .value("DEADLINE_IN_QUEUE", RefuseReason::kDeadlineInQueue)
       .value("DEADLINE_IN_LOAD", RefuseReason::kDeadlineInLoad)
-      .value("REMOVED", RefuseReason::kRemoved);
+      .value("REMOVED", RefuseReason::kRemoved)
+      .finalize();
   py::class_<Refuse>(module, "Refuse", "The ticket will not be granted.")
       .def_property_readonly("ticket", [](const Refuse& a) { return to_integer(a.ticket); })
       .def_readonly("reason", &Refuse::reason)

@@ -1,3 +1,4 @@
+#include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 
 #include "modelyard/entry_table.hpp"
@@ -22,6 +23,18 @@ py::handle add_exception(py::module_& module, const char* name, const char* doc)
   if (type == nullptr) throw py::error_already_set();
   module.add_object(name, type);
   return type;
+}
+
+// An int that fits 64 bits; TypeError for what is no int, ValueError for one that does not fit.
+std::int64_t to_int64(py::handle value) {
+  if (!PyLong_Check(value.ptr())) {
+    throw py::type_error("a charge is {int: int}, not of " +
+                         std::string(py::str(py::type::handle_of(value).attr("__name__"))));
+  }
+  int overflow = 0;
+  const long long number = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+  if (overflow != 0) throw py::value_error("a charge is out of range");
+  return number;
 }
 
 }  // namespace
@@ -59,8 +72,8 @@ py::dict to_python(const Charge& charge) {
 Charge to_charge(const py::dict& amounts) {
   Charge charge;
   for (const auto& [key, value] : amounts) {
-    const auto device = key.cast<std::int64_t>();
-    const Bytes amount{value.cast<std::int64_t>()};
+    const std::int64_t device = to_int64(key);
+    const Bytes amount{to_int64(value)};
     if (device < 0 || device >= static_cast<std::int64_t>(kMaxDevices)) {
       throw py::value_error("no device has position " + std::to_string(device));
     }
@@ -87,18 +100,20 @@ void register_types(py::module_& module) {
   for (std::string_view name : policy_names()) policies.append(py::str(name.data(), name.size()));
   module.attr("POLICIES") = py::tuple(policies);
 
-  py::enum_<State>(module, "State", "Where a model stands.")
+  py::native_enum<State>(module, "State", "enum.Enum", "Where a model stands.")
       .value("COLD", State::kCold)
       .value("QUEUED", State::kQueued)
       .value("LOADING", State::kLoading)
       .value("RESIDENT", State::kResident)
       .value("DRAINING", State::kDraining)
       .value("UNLOADING", State::kUnloading)
-      .value("FAILED", State::kFailed);
-  py::enum_<LoadFailure>(module, "LoadFailure", "Why a load failed.")
+      .value("FAILED", State::kFailed)
+      .finalize();
+  py::native_enum<LoadFailure>(module, "LoadFailure", "enum.Enum", "Why a load failed.")
       .value("TRANSIENT", LoadFailure::kTransient)
       .value("PERMANENT", LoadFailure::kPermanent)
-      .value("CANCELLED", LoadFailure::kCancelled);
+      .value("CANCELLED", LoadFailure::kCancelled)
+      .finalize();
 
   const auto amount = [](Bytes Account::* field) {
     return [field](const Account& account) { return (account.*field).value; };

@@ -93,11 +93,18 @@ class Application:
                 self.residency.set_pinned(registered.handle, True)
         return await self.transport.start(server.listen)
 
-    async def stop(self, grace_s: float) -> None:
-        """Takes no new calls, answers those that run, and gives everything back."""
+    async def stop(self, grace_s: float) -> bool:
+        """Takes no new calls, answers those that run, and gives everything back.
+
+        Args:
+            grace_s: how long running calls have, and after them what runs without a caller.
+
+        Returns:
+            False if something still runs: a model or a loader that hangs.
+        """
         await self.transport.stop(grace_s)
-        await self.residency.close()
-        await self.engine.stop()
+        settled = await self.residency.close(grace_s)
+        return await self.engine.stop(grace_s if settled else 0) and settled
 
 
 def build(config: Config) -> Application:

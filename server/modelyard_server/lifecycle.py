@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import logging
+import os
 import signal
 import sys
 
@@ -75,7 +76,7 @@ async def _serve(config: Config) -> int:
     try:
         port = await app.start()
     except BaseException:
-        await app.stop(0)
+        await app.stop(_LAME_DUCK_S)
         raise
     # What is alive now stays: no collection needs to look at it again, and the first one after
     # importing torch otherwise stops everything for 0.2 s.
@@ -94,5 +95,10 @@ async def _shut_down(app: Application) -> None:
     logger.info("shutting down")
     await app.transport.stop_being_healthy()
     await asyncio.sleep(_LAME_DUCK_S)
-    await app.stop(app.config.server.shutdown_grace_s)
+    if not await app.stop(app.config.server.shutdown_grace_s):
+        # A thread that hangs in somebody's code cannot be ended, and would keep the process.
+        logger.error("a model or a loader still runs; leaving it behind")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
     logger.info("stopped")

@@ -104,7 +104,7 @@ class FakeEngine:
         load_log: names in the order their loads began.
         unloads: unloads that run, by model.
         held: bytes and device of what is loaded, by model.
-        back: what the next recheck of a model finds.
+        back: what the next recheck of a model finds on a device.
         rechecks: models in the order they were looked at again.
         runs: what was given to run.
         run_error: what run raises.
@@ -121,7 +121,7 @@ class FakeEngine:
         self.load_log: list[str] = []
         self.unloads: dict[int, PendingUnload] = {}
         self.held: dict[int, tuple[int, int]] = {}
-        self.back: dict[int, int] = {}
+        self.back: dict[tuple[int, int], int] = {}
         self.rechecks: list[int] = []
         self.runs: list[FakeRun] = []
         self.run_error: Exception | None = None
@@ -129,8 +129,9 @@ class FakeEngine:
     async def start(self, runtimes: Sequence[str]) -> None:
         """Does nothing."""
 
-    async def stop(self) -> None:
+    async def stop(self, timeout_s: float) -> bool:
         """Does nothing."""
+        return True
 
     def check(self, spec: ModelSpec) -> None:
         """Raises check_error."""
@@ -177,10 +178,10 @@ class FakeEngine:
         finally:
             del self.unloads[model]
 
-    async def recheck(self, model: int) -> int:
+    async def recheck(self, model: int, device: int) -> int:
         """Answers with what the test put there, once."""
         self.rechecks.append(model)
-        return self.back.pop(model, 0)
+        return self.back.pop((model, device), 0)
 
     def run(
         self,

@@ -24,7 +24,7 @@ async def lane() -> AsyncIterator[Lane]:
     loop.set_exception_handler(lambda _, context: unexpected.append(context))
     made = Lane("test-lane", loop)
     yield made
-    await made.stop()
+    await made.stop(PATIENCE_S)
     assert not any(thread.name == "test-lane" for thread in threading.enumerate())
     assert not unexpected
 
@@ -77,7 +77,7 @@ async def test_the_thread_is_prepared_once_before_the_first_job() -> None:
     for _ in range(3):
         lane.submit(LaneJob(lambda: seen.append("ran"), outcomes.add))
     await outcomes.reach(3)
-    await lane.stop()
+    await lane.stop(PATIENCE_S)
     assert seen == ["prepared", "ran", "ran", "ran"]
 
 
@@ -191,7 +191,7 @@ async def test_stop_runs_what_was_submitted_and_delivers_every_outcome_once() ->
     jobs[3].abandon()
     for job in jobs:
         lane.submit(job)
-    stopping = asyncio.create_task(lane.stop())
+    stopping = asyncio.create_task(lane.stop(PATIENCE_S))
     await asyncio.sleep(0)
     assert not stopping.done()
     gate.set()
@@ -216,7 +216,7 @@ async def test_an_on_done_that_raises_costs_no_other_job_its_outcome() -> None:
     for _ in range(10):
         await asyncio.sleep(0)
     delivered = len(outcomes.jobs)
-    await lane.stop()
+    await lane.stop(PATIENCE_S)
     assert delivered == 2
 
 

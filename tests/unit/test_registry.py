@@ -80,7 +80,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     (root / "m").mkdir(parents=True)
     made = Bench(root)
     yield made
-    await made.residency.close()
+    await made.residency.close(10)
     made.residency.audit()
     assert not made.residency._tasks
 

@@ -68,7 +68,7 @@ class Bench:
 
     async def end(self) -> None:
         """Ends everything and looks at what is left."""
-        closing = asyncio.create_task(self.residency.close())
+        closing = asyncio.create_task(self.residency.close(10))
         for _ in range(100):
             await turns()
             for load in [*self.engine.loads.values()]:
@@ -743,10 +743,10 @@ async def test_quarantined_bytes_come_back_when_they_are_found(
     refusal = await refusal_of(await bench.wait_for(other))
     assert refusal.reason is Reason.BUDGET_EXHAUSTED
 
-    bench.engine.back[model.core_id] = 50
+    bench.engine.back[model.core_id, 0] = 50
     await turns()
     assert bench.residency.use(model).quarantined == {0: 100}
-    bench.engine.back[model.core_id] = 100
+    bench.engine.back[model.core_id, 0] = 100
     await turns()
     assert bench.residency.use(model).quarantined == {}
     assert not bench.residency._tasks
@@ -765,7 +765,7 @@ async def test_a_removed_model_is_forgotten_when_its_last_byte_is_back(
     bench.engine.unloads[model.core_id].finish(leaked=30)
     await turns()
     assert model.core_id in bench.residency._handles
-    bench.engine.back[model.core_id] = 30
+    bench.engine.back[model.core_id, 0] = 30
     await turns()
     assert not bench.residency._handles
     assert bench.residency.device_use(0).quarantined == 0
@@ -787,8 +787,7 @@ async def test_leaks_of_one_model_on_two_devices_come_back_each_to_its_own(
             bench.residency.set_budget(0, 400)
             await bench.load_and_release(pinned)
     assert bench.residency.use(model).quarantined == {0: 100, 1: 100}
-    # An engine looks for all of a model's leaks at once.
-    bench.engine.back[model.core_id] = 200
+    bench.engine.back = {(model.core_id, 0): 100, (model.core_id, 1): 100}
     await turns()
     assert bench.residency.use(model).quarantined == {}
 
@@ -841,7 +840,7 @@ async def test_close_waits_for_unloads_that_run(benches: Any) -> None:
     await bench.load_and_release(model)
     unload = asyncio.create_task(bench.residency.unload(model))
     await turns()
-    closing = asyncio.create_task(bench.residency.close())
+    closing = asyncio.create_task(bench.residency.close(10))
     await turns()
     assert not closing.done()
     bench.engine.unloads[model.core_id].finish()

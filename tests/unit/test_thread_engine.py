@@ -127,7 +127,7 @@ async def engine(runtime: ToyRuntime) -> AsyncIterator[ThreadEngine]:
     )
     await made.start(["toy"])
     yield made
-    await asyncio.wait_for(made.stop(), PATIENCE_S)
+    await asyncio.wait_for(made.stop(PATIENCE_S), PATIENCE_S)
     left = [t.name for t in set(threading.enumerate()) - before if "toy" in t.name]
     assert not left
     assert not unexpected
@@ -208,13 +208,13 @@ async def test_a_model_that_is_kept_alive_is_no_memory_back_until_it_dies(
     kept = runtime.witnesses[0]()
     assert await engine.unload(1) == 0
     assert engine.memory(0).measured_bytes == 100
-    assert await engine.recheck(1) == 0
-    assert await engine.recheck(1) == 0
+    assert await engine.recheck(1, 0) == 0
+    assert await engine.recheck(1, 0) == 0
     del kept
-    assert await engine.recheck(1) == 100
+    assert await engine.recheck(1, 0) == 100
     assert engine.memory(0).measured_bytes == 0
-    assert await engine.recheck(1) == 0
-    assert await engine.recheck(99) == 0
+    assert await engine.recheck(1, 0) == 0
+    assert await engine.recheck(99, 0) == 0
 
 
 async def test_each_leak_of_a_model_comes_back_by_itself(
@@ -226,10 +226,10 @@ async def test_each_leak_of_a_model_comes_back_by_itself(
         kept.append(runtime.witnesses[-1]())
         assert await engine.unload(1) == 0
     kept[0] = None
-    assert await engine.recheck(1) == 100
+    assert await engine.recheck(1, 0) == 100
     assert engine.memory(0).measured_bytes == 30
     kept[1] = None
-    assert await engine.recheck(1) == 30
+    assert await engine.recheck(1, 0) == 30
 
 
 @pytest.mark.parametrize(
@@ -538,7 +538,7 @@ async def test_stop_drops_every_model_and_stops_the_loads_that_run(runtime: ToyR
     runtime.on_load = ask
     load = asyncio.create_task(engine.load(2, spec_of(), 0))
     await asyncio.to_thread(began.wait, PATIENCE_S)
-    await asyncio.wait_for(engine.stop(), PATIENCE_S)
+    await asyncio.wait_for(engine.stop(PATIENCE_S), PATIENCE_S)
     with pytest.raises(LoadCancelled):
         await load
     gc.collect()

@@ -49,7 +49,12 @@ async def run_leased(
     if not pending.settled:
         await _wait(pending, work, timeout_s)
     if isinstance(pending.outcome, BaseException):
-        raise pending.outcome
+        try:
+            raise pending.outcome
+        finally:
+            # Or the error's traceback would hold this frame, and this frame the error: the inputs
+            # would stay until the garbage collector comes by.
+            del pending, work
     assert pending.outcome is not None  # Only abandoned work has none, and only _wait abandons.
     return pending.outcome
 

@@ -78,8 +78,12 @@ class Engine(Protocol):
     async def start(self, runtimes: Sequence[str]) -> None:
         """Makes lanes, and pays in advance for what the first load by these runtimes would pay."""
 
-    async def stop(self) -> None:
-        """Ends the lanes after what runs, and drops every model."""
+    async def stop(self, timeout_s: float) -> bool:
+        """Ends the lanes after what runs, and drops every model.
+
+        Returns:
+            False if something still runs after timeout_s: a model or a loader that hangs.
+        """
 
     def check(self, spec: ModelSpec) -> None:
         """Checks task and options. Raises OptionError."""
@@ -109,8 +113,8 @@ class Engine(Protocol):
             Bytes that are measurably back. The rest is still held by somebody; see recheck.
         """
 
-    async def recheck(self, model: int) -> int:
-        """Looks again at what an unload could not get back. Returns bytes that are back since."""
+    async def recheck(self, model: int, device: int) -> int:
+        """Looks again at what unloads could not get back. Returns bytes that are back since."""
 
     def run(
         self,

@@ -1,4 +1,4 @@
-"""One device's lane: the one worker that runs what is to run there, in order.
+"""A lane: one worker that runs what is to run there, in order. Every device has one for its models.
 
 A lane is a thread, because what it runs is C++ code that gives up the interpreter's lock. Work goes
 in from the event loop and its outcome comes back there. Both ways are batched: the thread takes
@@ -10,13 +10,18 @@ for dozens.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = ["Lane", "LaneJob"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class LaneJob:
@@ -96,11 +101,42 @@ class Lane:
         _run(job)
         job.on_done(job)
 
-    async def stop(self) -> None:
-        """Ends the thread once what was submitted has run, and delivers the last outcomes."""
+    async def call(self, function: Callable[[], T]) -> T:
+        """Runs a function in the lane and returns its result, or raises what it raised.
+
+        Exceptions that would end more than the call (SystemExit, KeyboardInterrupt) or that a
+        coroutine cannot raise (StopIteration) come out as RuntimeError.
+        """
+        answer: asyncio.Future[T] = self._loop.create_future()
+
+        def on_done(job: LaneJob) -> None:
+            if answer.done():
+                return
+            if job.error is None:
+                answer.set_result(job.result)
+            elif isinstance(job.error, Exception) and not isinstance(job.error, StopIteration):
+                answer.set_exception(job.error)
+            else:
+                error = RuntimeError(f"raised {type(job.error).__name__}")
+                error.__cause__ = job.error
+                answer.set_exception(error)
+
+        self.submit(LaneJob(function, on_done))
+        return await answer
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Ends the thread once what was submitted has run, and delivers the last outcomes.
+
+        Args:
+            timeout_s: how long to wait for that.
+
+        Returns:
+            False if it still runs. It is left behind; only the end of the process ends it.
+        """
         self._jobs.put(None)
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        await asyncio.to_thread(self._thread.join, timeout_s)
         self._deliver()
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         if self._prepare is not None:
@@ -122,7 +158,10 @@ class Lane:
         while done:
             job = done.popleft()
             self._unfinished -= 1
-            job.on_done(job)
+            try:
+                job.on_done(job)
+            except Exception:  # one outcome's receiver must not cost the others theirs
+                logger.exception("the receiver of an outcome failed")
 
 
 def _run(job: LaneJob) -> None:

@@ -15,7 +15,6 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,11 +36,14 @@ from modelyard_server.runtimes.api import (
     Price,
     Runtime,
 )
+from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.tensors import TensorError, TensorValue
 
 __all__ = ["ThreadEngine"]
 
 logger = logging.getLogger(__name__)
+
+_PRICERS = 4
 
 
 @dataclass(slots=True)
@@ -100,13 +102,15 @@ class ThreadEngine:
         self._devices = tuple(devices)
         self._runtimes = runtimes
         self._lanes: list[Lane] = []
-        self._loaders: list[ThreadPoolExecutor] = []
+        self._loaders: list[Lane] = []
         self._memory = [_Memory() for _ in devices]
         self._held: dict[int, _Held] = {}
         self._leaks: dict[int, list[_Leak]] = {}
         self._stops: dict[int, threading.Event] = {}
-        # Of its own, so that looking at one model's files does not wait for another's load.
-        self._pricer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="price")
+        # Of their own, so that looking at one model's files does not wait for another's load; and
+        # several, so that files that hang hold up only themselves.
+        self._pricers: list[Lane] = []
+        self._turn = 0
 
     async def start(self, runtimes: Sequence[str]) -> None:
         """See Engine."""
@@ -115,30 +119,22 @@ class ThreadEngine:
             self._lanes.append(
                 Lane(f"lane-{device.name}", loop, partial(_prepare_thread, device.threads))
             )
-            self._loaders.append(
-                ThreadPoolExecutor(
-                    max_workers=1,
-                    thread_name_prefix=f"load-{device.name}",
-                    initializer=partial(_prepare_thread, 1),
-                )
-            )
+            self._loaders.append(Lane(f"load-{device.name}", loop, partial(_prepare_thread, 1)))
+        self._pricers += [Lane(f"price-{i}", loop) for i in range(_PRICERS)]
         for name in runtimes:
-            await loop.run_in_executor(self._pricer, self._runtimes[name].warm_up)
+            await self._pricers[0].call(self._runtimes[name].warm_up)
 
-    async def stop(self) -> None:
+    async def stop(self, timeout_s: float) -> bool:
         """See Engine."""
         for stop in self._stops.values():
             stop.set()
-        for lane in self._lanes:
-            await lane.stop()
-        loop = asyncio.get_running_loop()
-        for executor in (*self._loaders, self._pricer):
-            await loop.run_in_executor(None, executor.shutdown)
+        threads = (*self._lanes, *self._loaders, *self._pricers)
+        ended = await asyncio.gather(*(lane.stop(timeout_s) for lane in threads))
         for held in self._held.values():
             held.loaded.close()
-        self._held.clear()
-        self._lanes.clear()
-        self._loaders.clear()
+        for started in (self._held, self._lanes, self._loaders, self._pricers):
+            started.clear()
+        return all(ended)
 
     def check(self, spec: ModelSpec) -> None:
         """See Engine."""
@@ -146,18 +142,15 @@ class ThreadEngine:
 
     async def price(self, spec: ModelSpec) -> Price:
         """See Engine."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pricer, self._runtime(spec).price, spec
-        )
+        self._turn = (self._turn + 1) % len(self._pricers)
+        return await self._pricers[self._turn].call(partial(self._runtime(spec).price, spec))
 
     async def load(self, model: int, spec: ModelSpec, device: int) -> int:
         """See Engine."""
         stop = threading.Event()
         self._stops[model] = stop
         try:
-            held = await asyncio.get_running_loop().run_in_executor(
-                self._loaders[device], self._load, spec, device, stop
-            )
+            held = await self._loaders[device].call(partial(self._load, spec, device, stop))
         finally:
             del self._stops[model]
         self._held[model] = held
@@ -172,25 +165,22 @@ class ThreadEngine:
         """See Engine."""
         held = self._held.pop(model)
         device, size_bytes = held.device, held.size_bytes
-        leak = await asyncio.get_running_loop().run_in_executor(self._loaders[device], _drop, held)
+        leak = await self._loaders[device].call(partial(_drop, held))
         if leak is not None:
             self._leaks.setdefault(model, []).append(leak)
             return 0
         self._memory[device].add(-size_bytes)
         return size_bytes
 
-    async def recheck(self, model: int) -> int:
+    async def recheck(self, model: int, device: int) -> int:
         """See Engine."""
         leaks = self._leaks.pop(model, [])
-        still = [leak for leak in leaks if any(witness() is not None for witness in leak.witnesses)]
-        if still:
-            self._leaks[model] = still
-        back = 0
-        for leak in leaks:
-            if leak not in still:
-                self._memory[leak.device].add(-leak.size_bytes)
-                back += leak.size_bytes
-        return back
+        back = [leak for leak in leaks if leak.device == device and not _alive(leak.witnesses)]
+        if left := [leak for leak in leaks if leak not in back]:
+            self._leaks[model] = left
+        size_bytes = sum(leak.size_bytes for leak in back)
+        self._memory[device].add(-size_bytes)
+        return size_bytes
 
     def run(
         self,
@@ -240,8 +230,10 @@ class ThreadEngine:
             )
         except BaseException as error:
             # The frames of the traceback hold what was loaded so far.
-            traceback.clear_frames(error.__traceback__)
+            forget_frames(error)
             _return_freed_pages()
+            if _is_out_of_memory(error):
+                raise MemoryError from None
             raise
         size_bytes = loaded.measured_bytes()
         self._memory[device].add(size_bytes)
@@ -257,22 +249,39 @@ def _prepare_thread(threads: int) -> None:
 def _drop(held: _Held) -> _Leak | None:
     """Drops a model and looks whether its memory is back. None if it is."""
     witnesses = held.loaded.witnesses()
-    held.loaded.close()
+    try:
+        held.loaded.close()
+    except Exception as error:
+        # Whether its memory is back is what the witnesses say, not how it took its leave.
+        logger.exception("a model failed while it was closed")
+        forget_frames(error)
     leak = _Leak(device=held.device, size_bytes=held.size_bytes, witnesses=witnesses)
     del held.loaded
-    if any(witness() is not None for witness in witnesses):
+    if _alive(witnesses):
         # Models go by reference count alone; only a cycle through user code needs this.
         gc.collect()
-    if any(witness() is not None for witness in witnesses):
+    if _alive(witnesses):
         return leak
     _return_freed_pages()
     return None
 
 
+def _alive(witnesses: tuple[ReferenceType[Any], ...]) -> bool:
+    return any(witness() is not None for witness in witnesses)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """True for torch's ways of saying so; its class for accelerators, its text for the host."""
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def _outcome_of(error: BaseException) -> BaseException:
     """What the loop gets for what the model raised, without the frames that hold its tensors."""
     if isinstance(error, TensorError | OptionError):
+        forget_frames(error)
         return error.with_traceback(None)
     text = "".join(traceback.format_exception(error))
-    traceback.clear_frames(error.__traceback__)
+    forget_frames(error)
     return ModelFailed(type(error).__name__, text)

@@ -17,15 +17,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, assert_never
 
 from modelyard_server import _core
 from modelyard_server.errors import QuotaViolation, Reason, Refusal, Resource, Violation
 from modelyard_server.execution.engine import Engine
 from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError, ModelSpec
+
+if TYPE_CHECKING:
+    from modelyard_server._core import _Action  # Exists for type checkers only.
 
 __all__ = [
     "NEVER_NS",
@@ -92,6 +97,7 @@ class ModelHandle:
         placements: alternatives, each the position of a device.
         needed_bytes: upper bound of what a load takes, as last priced.
         load_started: set while it is being loaded: the loop's time when that began, in seconds.
+        load_stopped: its load was told to stop.
         failure_text: why its last load failed, while it is FAILED.
     """
 
@@ -101,6 +107,7 @@ class ModelHandle:
     placements: tuple[int, ...]
     needed_bytes: int
     load_started: float | None = None
+    load_stopped: bool = False
     failure_text: str = ""
     _settled: list[asyncio.Future[None]] = field(default_factory=list)
 
@@ -214,6 +221,9 @@ class Residency:
         self._handles: dict[int, ModelHandle] = {}
         self._tickets: dict[int, asyncio.Future[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._rechecks: set[asyncio.Task[None]] = set()
+        self._todo: deque[_Action] = deque()
+        self._carrying_out = False
         self._timer: asyncio.TimerHandle | None = None
         self._device_of: dict[int, int] = {}
         self._closing = False
@@ -413,46 +423,75 @@ class Residency:
 
     # --- The end ------------------------------------------------------------------------------
 
-    async def close(self) -> None:
-        """Refuses who waits, and waits for the loads and unloads that run."""
+    async def close(self, timeout_s: float) -> bool:
+        """Refuses who waits, and waits for the loads and unloads that run.
+
+        Returns:
+            False if some still run after timeout_s.
+        """
         self._closing = True
-        if self._timer is not None:
-            self._timer.cancel()
-        for ticket in list(self._tickets):
-            future = self._tickets.pop(ticket)
+        for task in self._rechecks:
+            task.cancel()
+        tickets, self._tickets = self._tickets, {}
+        for ticket, future in tickets.items():
             if not future.done():
                 future.set_exception(
                     Refusal(
                         Reason.SERVER_DRAINING, "the server is shutting down", retry_after_s=1.0
                     )
                 )
-            self._apply(self._yard.cancel(ticket, self._now_ns()))
-        for core_id in self._handles:
-            self._engine.cancel_load(core_id)
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+            with suppress(_core.StaleIdError):  # Its deadline has passed meanwhile.
+                self._apply(self._yard.cancel(ticket, self._now_ns()))
+        if self._timer is not None:
+            self._timer.cancel()
+        for handle in self._handles.values():
+            self._stop_load(handle)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while tasks := self._tasks | self._rechecks:
+            left_s = deadline - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                return False
+            await asyncio.wait(tasks, timeout=left_s)
+        return True
 
     # --- Actions ------------------------------------------------------------------------------
 
-    def _apply(self, actions: list[Any] | None) -> None:
-        for action in actions or ():
-            match action:
-                case _core.Grant():
-                    self._grant(action)
-                case _core.Refuse():
-                    self._refuse(action)
-                case _core.Load():
-                    self._start(self._load(action.model, action.placement), "load", action.model)
-                case _core.CancelLoad():
-                    self._engine.cancel_load(action.model)
-                case _core.Drain():
-                    logger.debug("draining %s", self._handles[action.model].name)
-                case _core.Unload():
-                    self._start(self._unload(action.model), "unload", action.model)
-                case _core.WakeAt():
-                    self._wake_at(action.at_ns)
-                case _:
-                    raise AssertionError(f"unknown action {action!r}")
+    def _apply(self, actions: list[_Action] | None) -> None:
+        """Carries actions out, in order; those that come of carrying one out after the others."""
+        if not actions:
+            return
+        self._todo.extend(actions)
+        if self._carrying_out:
+            return
+        self._carrying_out = True
+        try:
+            while self._todo:
+                self._carry_out(self._todo.popleft())
+        finally:
+            self._carrying_out = False
+
+    def _carry_out(self, action: _Action) -> None:
+        match action:
+            case _core.Grant():
+                self._grant(action)
+            case _core.Refuse():
+                self._refuse(action)
+            case _core.Load():
+                self._start(self._load(action.model, action.placement), "load", action.model)
+            case _core.CancelLoad():
+                self._stop_load(self._handles[action.model])
+            case _core.Drain():
+                logger.debug("draining %s", self._handles[action.model].name)
+            case _core.Unload():
+                self._start(self._unload(action.model), "unload", action.model)
+            case _core.WakeAt():
+                self._wake_at(action.at_ns)
+            case _:
+                assert_never(action)
+
+    def _stop_load(self, handle: ModelHandle) -> None:
+        handle.load_stopped = True
+        self._engine.cancel_load(handle.core_id)
 
     def _grant(self, grant: _core.Grant) -> None:
         future = self._tickets.pop(grant.ticket, None)
@@ -478,6 +517,8 @@ class Residency:
     def _wake_at(self, at_ns: int) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._closing:
+            return
         delay_s = max(0, at_ns - self._now_ns()) * 1e-9
         self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
 
@@ -485,19 +526,30 @@ class Residency:
         self._timer = None
         self._apply(self._yard.tick(self._now_ns()))
 
-    def _start(self, work: Any, what: str, core_id: int) -> None:
+    def _start(self, work: Coroutine[Any, Any, None], what: str, core_id: int) -> None:
         name = f"{what} {self._handles[core_id].name}"
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _start_recheck(self, handle: ModelHandle, device: int) -> None:
+        task = asyncio.get_running_loop().create_task(
+            self._recheck(handle, device), name=f"recheck {handle.name}"
+        )
+        self._rechecks.add(task)
+        task.add_done_callback(self._rechecks.discard)
 
     async def _load(self, core_id: int, placement: int) -> None:
         handle = self._handles[core_id]
         device = handle.placements[placement]
         loop = asyncio.get_running_loop()
         handle.load_started = began = loop.time()
+        handle.load_stopped = self._closing
         try:
             await self._price_again(handle)
+            # The engine did not know of the load until now, and could not stop it.
+            if handle.load_stopped:
+                raise LoadCancelled
             size_bytes = await self._engine.load(core_id, handle.spec, device)
         except LoadCancelled:
             outcome = _core.LoadFailure.CANCELLED
@@ -559,15 +611,15 @@ class Residency:
                 missing,
                 self._device_names[device],
             )
-            self._start(self._recheck(handle, device), "recheck", core_id)
+            self._start_recheck(handle, device)
         self._forget_if_gone(handle)
 
     async def _recheck(self, handle: ModelHandle, device: int) -> None:
         attempt = 0
-        while not self._closing and self.use(handle).quarantined:
+        while device in self.use(handle).quarantined:
             await asyncio.sleep(_RECHECK_S[min(attempt, len(_RECHECK_S) - 1)])
             attempt += 1
-            back = await self._engine.recheck(handle.core_id)
+            back = await self._engine.recheck(handle.core_id, device)
             if back:
                 logger.info("%d quarantined bytes of %s are back", back, handle.name)
                 self._apply(self._yard.reclaimed(handle.core_id, self._now_ns(), {device: back}))

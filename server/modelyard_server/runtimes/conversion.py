@@ -1,8 +1,9 @@
 """Between the server's plain tensors and torch's.
 
-On the way in nothing is copied: the torch tensor lies over the bytes that came from the wire. They
-are immutable to Python, so a model must not write to its inputs; inference does not. On the way out
-the elements are copied once, out of memory that the model may reuse.
+On the way in nothing is copied where we know the model: the torch tensor lies over the bytes that
+came from the wire. Python takes those for immutable and shares equal ones, so whoever writes to
+them changes other requests; models whose code is not ours get a copy. On the way out the elements
+are copied once, out of memory that the model may reuse.
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ _WIRE_TYPES: Mapping[torch.dtype, DType] = MappingProxyType(
 )
 
 
-def to_torch(value: TensorValue, *, device: str = "cpu") -> torch.Tensor:
+def to_torch(
+    value: TensorValue, *, device: str = "cpu", writable: bool = False
+) -> torch.Tensor:
     """Returns a torch tensor of the same type, shape and content.
 
     Args:
         value: a tensor of a fixed-size type.
-        device: where it is to lie. On the cpu it shares the value's bytes and must not be written.
+        device: where it is to lie.
+        writable: the model may write to it. Otherwise it shares the value's bytes on the cpu.
 
     Raises:
         TensorError: a TEXT or BYTES tensor.
@@ -63,7 +67,9 @@ def to_torch(value: TensorValue, *, device: str = "cpu") -> torch.Tensor:
     if sys.byteorder == "big":
         raw = raw.byteswap()
     tensor = from_dlpack(raw).view(dtype).view(value.shape)
-    return tensor if device == "cpu" else tensor.to(device)
+    if device != "cpu":
+        return tensor.to(device)
+    return tensor.clone() if writable else tensor
 
 
 def to_value(name: str, tensor: torch.Tensor) -> TensorValue:

@@ -328,7 +328,7 @@ class _TorchModel(LoadedModel):
         positional: list[torch.Tensor] = []
         named: dict[str, torch.Tensor] = {}
         for value in inputs:
-            tensor = to_torch(value, device=self._device)
+            tensor = to_torch(value, device=self._device, writable=True)
             if value.name:
                 named[value.name] = tensor
             elif len(inputs) > 1:
