@@ -12,10 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-__all__ = ["RunningServer", "modelyard_server", "python_server"]
+__all__ = ["RunningServer", "ServerEnded", "modelyard_server", "python_server"]
 
 _ADDRESS = re.compile(r"serving on (127\.0\.0\.1:\d+)")
 _STOP_S = 30
+
+
+class ServerEnded(Exception):
+    """A server ended before it served.
+
+    Attributes:
+        exit_code: of its process.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"the server ended with exit code {exit_code} before it served")
+        self.exit_code = exit_code
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,7 +61,7 @@ def python_server(
         log: where its standard error goes; None for ours.
 
     Raises:
-        RuntimeError: it ended before it served.
+        ServerEnded: it did not get that far.
     """
     with subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=log, text=True
@@ -62,7 +74,7 @@ def python_server(
                     running = RunningServer(address=found[1], pid=process.pid)
                     break
             if running is None:
-                raise RuntimeError(f"the server ended with exit code {process.wait()}")
+                raise ServerEnded(process.wait())
             yield running
         finally:
             process.terminate()

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from modelyard import Admin, Client, KeyNotFound, Prediction
 from modelyard_server.demo.models import PackageMissing, PreparedModel, prepare
-from modelyard_server.demo.process import RunningServer, modelyard_server
+from modelyard_server.demo.process import RunningServer, ServerEnded, modelyard_server
 from modelyard_server.demo.text import read_requests
 from modelyard_server.devices.sizes import format_size
 
@@ -57,6 +57,7 @@ _KINDS = {
 """Which of the demo's requests a model answers; the others answer their example."""
 
 _PARAMETERS = {"storyteller": {"max_new_tokens": 40}}
+_LOG = "server.log"
 _LOG_WIDTH = 124
 _ROUNDS = 3
 _CROWD = 24
@@ -93,8 +94,16 @@ def show(folder: Path) -> int:
     config.write_text(_config_text(folder, models))
     _show_models(console, models)
 
+    try:
+        return _serve_and_ask(console, config, models)
+    except ServerEnded as error:
+        console.print(f"[red]{error}; its log is {folder / _LOG}[/red]")
+        return 1
+
+
+def _serve_and_ask(console: Console, config: Path, models: list[PreparedModel]) -> int:
     with (
-        (folder / "server.log").open("wb") as log,
+        (config.parent / _LOG).open("wb") as log,
         _running(console, config, log) as server,
         Client(server.address) as client,
         Admin(server.address) as admin,

@@ -1,0 +1,1 @@
+"""Generated messages and service stubs of modelyard.v1; never edited, never committed."""
