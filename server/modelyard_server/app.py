@@ -27,6 +27,7 @@ from modelyard_server.services.handler import unary
 from modelyard_server.services.inference import InferenceService
 from modelyard_server.services.models import ModelService
 from modelyard_server.services.residencies import ResidencyService
+from modelyard_server.services.status import defect_reply
 from modelyard_server.transport.aio import AioTransport
 from modelyard_server.transport.api import Handlers
 
@@ -167,7 +168,9 @@ def build(config: Config) -> Application:
         residency=residency,
         catalog=catalog,
         registry=registry,
-        transport=AioTransport(handlers, max_message_bytes=config.server.max_message_bytes),
+        transport=AioTransport(
+            handlers, max_message_bytes=config.server.max_message_bytes, defect=defect_reply
+        ),
     )
 
 

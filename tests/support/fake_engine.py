@@ -139,6 +139,14 @@ class FakeEngine:
         if self.check_error is not None:
             raise self.check_error
 
+    def check_request(
+        self,
+        spec: ModelSpec,
+        inputs: Sequence[TensorValue],
+        parameters: Mapping[str, JsonValue],
+    ) -> None:
+        """Finds nothing wrong."""
+
     async def price(self, spec: ModelSpec) -> Price:
         """Waits for the gate, then raises or answers."""
         self.priced.append(spec.name)

@@ -70,17 +70,6 @@ async def test_jobs_run_one_at_a_time_in_order_on_one_other_thread(lane: Lane) -
     assert not any(job.dropped or job.error for job in outcomes.jobs)
 
 
-async def test_the_thread_is_prepared_once_before_the_first_job() -> None:
-    seen: list[str] = []
-    lane = Lane("test-lane", asyncio.get_running_loop(), lambda: seen.append("prepared"))
-    outcomes = Outcomes()
-    for _ in range(3):
-        lane.submit(LaneJob(lambda: seen.append("ran"), outcomes.add))
-    await outcomes.reach(3)
-    await lane.stop(PATIENCE_S)
-    assert seen == ["prepared", "ran", "ran", "ran"]
-
-
 async def test_a_brief_job_runs_in_place_while_the_lane_is_idle(lane: Lane) -> None:
     outcomes = Outcomes()
     job = LaneJob(threading.get_ident, outcomes.add)

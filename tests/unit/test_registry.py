@@ -87,7 +87,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 async def created(bench: Bench, draft: ModelDraft) -> Model:
     model = await bench.registry.create(draft)
-    assert model is not None
+    assert isinstance(model, Model)
     return model
 
 
@@ -113,7 +113,9 @@ async def test_a_model_registered_again_has_another_etag(bench: Bench) -> None:
 
 
 async def test_validate_only_checks_everything_and_changes_nothing(bench: Bench) -> None:
-    assert await bench.registry.create(bench.draft(), validate_only=True) is None
+    checked = await bench.registry.create(bench.draft(), validate_only=True)
+    assert not isinstance(checked, Model)
+    assert (checked.id, checked.estimated_bytes) == ("m", 100)
     assert bench.catalog.models() == []
     assert bench.engine.priced == ["m"]
     bench.engine.price_errors["m"] = ModelFilesError("cut short")

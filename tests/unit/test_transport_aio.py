@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from modelyard_server.errors import Code, Reason, Refusal, Violation
 from modelyard_server.services.handler import unary
-from modelyard_server.services.status import reply_of
+from modelyard_server.services.status import defect_reply, reply_of
 from modelyard_server.transport.aio import AioTransport, PortInUse
 from modelyard_server.transport.api import Call, Handler, StatusReply
 
@@ -46,7 +46,7 @@ class Server:
 
 @asynccontextmanager
 async def serving(**methods: Handler) -> AsyncIterator[Server]:
-    transport = AioTransport({SERVICE: methods}, max_message_bytes=MOST_BYTES)
+    transport = AioTransport({SERVICE: methods}, max_message_bytes=MOST_BYTES, defect=defect_reply)
     port = await transport.start("127.0.0.1:0")
     try:
         async with grpc.aio.insecure_channel(

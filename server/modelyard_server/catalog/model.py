@@ -11,7 +11,15 @@ from modelyard.devices import ComponentDevice
 from modelyard_server.residency.shell import ModelHandle
 from modelyard_server.runtimes.api import JsonValue
 
-__all__ = ["KEY_PATTERN", "MODEL_ID_PATTERN", "Model", "ModelDraft", "is_key", "is_model_id"]
+__all__ = [
+    "KEY_PATTERN",
+    "MODEL_ID_PATTERN",
+    "Model",
+    "ModelDraft",
+    "Registration",
+    "is_key",
+    "is_model_id",
+]
 
 MODEL_ID_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 """What a model's id looks like; it also holds no "..", since ids appear in names of resources."""
@@ -45,19 +53,17 @@ class ModelDraft:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """A registered model.
+class Registration:
+    """What registering a model makes of a draft, whether or not it was then put into the catalog.
 
     Attributes:
         draft: as it was registered.
-        handle: what the residency knows it by.
         estimated_bytes: what a load reserves.
         created: when it was registered, in UTC.
         etag: changes whenever the model changes.
     """
 
     draft: ModelDraft
-    handle: ModelHandle
     estimated_bytes: int
     created: datetime
     etag: str
@@ -66,3 +72,14 @@ class Model:
     def id(self) -> str:
         """The model's id."""
         return self.draft.id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model(Registration):
+    """A registered model.
+
+    Attributes:
+        handle: what the residency knows it by.
+    """
+
+    handle: ModelHandle

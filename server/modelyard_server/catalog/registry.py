@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import stat
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from modelyard_server.catalog.catalog import Catalog
-from modelyard_server.catalog.model import Model, ModelDraft, is_key, is_model_id
+from modelyard_server.catalog.model import Model, ModelDraft, Registration, is_key, is_model_id
 from modelyard_server.devices.inventory import ManagedDevice
 from modelyard_server.devices.placement import resolve_placement
 from modelyard_server.errors import Reason, Refusal, Violation
 from modelyard_server.execution.engine import Engine
 from modelyard_server.residency.shell import Residency
 from modelyard_server.runtimes.api import ModelFilesError, ModelSpec, OptionError
+from modelyard_server.weights.model_files import check_folder, folder_of
 
 __all__ = ["Registry"]
 
 logger = logging.getLogger(__name__)
+
+_MOST_BYTES = 2**46 - 1
+"""The largest price the yard can hold, which is also the largest budget: 64 TiB."""
 
 _FIRST_GUESS_BYTES_PER_S = 1e9
 """Load speed assumed until a load has been measured."""
@@ -52,14 +55,14 @@ class Registry:
         self._devices = tuple(devices)
         self._roots = roots
 
-    async def create(self, draft: ModelDraft, *, validate_only: bool = False) -> Model | None:
-        """Registers a model. None if it was only to be validated.
+    async def create(self, draft: ModelDraft, *, validate_only: bool = False) -> Registration:
+        """Registers a model, and answers with it: a Model, if it was not only to be validated.
 
         Raises:
             Refusal: INVALID_FIELD (every violation at once), ALREADY_EXISTS, PLACEMENT_INVALID,
                 LOAD_FAILED (its files are no model), MODEL_NEVER_FITS.
         """
-        spec, placements = self._checked(draft)
+        spec, placements = self._checked(draft, folder_needed=True)
         try:
             needed = (await self._engine.price(spec)).peak_bytes
         except ModelFilesError as error:
@@ -73,7 +76,8 @@ class Registry:
         self._check_fits(needed, placements)
         # Pricing let others run: somebody may have taken the name meanwhile.
         self._catalog.check_free(draft.id, draft.keys)
-        return None if validate_only else self._add(draft, spec, placements, needed)
+        registration = _registration(draft, needed)
+        return registration if validate_only else self._add(registration, spec, placements)
 
     async def adopt(self, draft: ModelDraft) -> Model:
         """Registers a model of the configuration file, even if its files are broken now.
@@ -82,22 +86,27 @@ class Registry:
         with LOAD_FAILED until its files are whole.
 
         Raises:
-            Refusal: INVALID_FIELD, ALREADY_EXISTS or PLACEMENT_INVALID: the file itself is wrong.
+            Refusal: INVALID_FIELD, ALREADY_EXISTS or PLACEMENT_INVALID: the file itself is wrong;
+                MODEL_NEVER_FITS: the model is larger than any budget can be.
         """
-        spec, placements = self._checked(draft)
+        spec, placements = self._checked(draft, folder_needed=False)
         try:
             needed = (await self._engine.price(spec)).peak_bytes
         except ModelFilesError as error:
             logger.warning("model %s cannot be loaded as it is: %s", draft.id, error.text)
             needed = 0  # Priced again before every load.
-        return self._add(draft, spec, placements, needed)
+        if needed > _MOST_BYTES:
+            self._check_fits(needed, placements)
+        return self._add(_registration(draft, needed), spec, placements)
 
     def delete(self, model: Model) -> None:
         """Takes a model out; its memory comes back when its requests have ended."""
         self._catalog.remove(model)
         self._residency.remove(model.handle)
 
-    def _checked(self, draft: ModelDraft) -> tuple[ModelSpec, tuple[int, ...]]:
+    def _checked(
+        self, draft: ModelDraft, *, folder_needed: bool
+    ) -> tuple[ModelSpec, tuple[int, ...]]:
         violations: list[Violation] = []
         if not is_model_id(draft.id):
             violations.append(
@@ -113,9 +122,9 @@ class Registry:
                 )
         if len(set(draft.keys)) != len(draft.keys):
             violations.append(Violation("model.keys", "a key is given twice"))
-        folder = None
+        root = folder = None
         try:
-            folder = self._folder(draft)
+            root, folder = self._source(draft)
         except ValueError as error:
             violations.append(Violation("model.source", str(error)))
         spec = ModelSpec(
@@ -123,8 +132,14 @@ class Registry:
             runtime=draft.runtime,
             task=draft.task,
             folder=folder,
+            root=root,
             options=draft.options,
         )
+        if folder is not None and folder_needed:
+            try:
+                check_folder(folder_of(spec))
+            except ModelFilesError as error:
+                violations.append(Violation("model.source", error.text))
         try:
             self._engine.check(spec)
         except OptionError as error:
@@ -136,28 +151,18 @@ class Registry:
         self._catalog.check_free(draft.id, draft.keys)
         return spec, resolve_placement(draft.placement, self._devices)
 
-    def _folder(self, draft: ModelDraft) -> Path | None:
-        """The model's folder, below its root and reached through no symbolic link."""
+    def _source(self, draft: ModelDraft) -> tuple[Path, Path] | tuple[None, None]:
+        """The model's root and its folder, by name; whether it is there is another question."""
         if not draft.root and not draft.folder:
-            return None
+            return None, None
         if draft.root not in self._roots:
             names = ", ".join(sorted(self._roots)) or "none"
             raise ValueError(f"there is no root {draft.root[:64]!r}; there are: {names}")
         parts = draft.folder.split("/")
         if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
             raise ValueError("the folder must be a relative path below its root")
-        path = self._roots[draft.root]
-        for part in parts:
-            path = path / part
-            try:
-                mode = path.lstat().st_mode
-            except OSError:
-                raise ValueError("there is no such folder below its root") from None
-            if stat.S_ISLNK(mode):
-                raise ValueError("the folder is reached through a symbolic link")
-            if not stat.S_ISDIR(mode):
-                raise ValueError("it is not a folder")
-        return path
+        root = self._roots[draft.root]
+        return root, root.joinpath(*parts)
 
     def _check_fits(self, needed: int, placements: Sequence[int]) -> None:
         budgets = {i: self._residency.device_use(i).budget for i in placements}
@@ -181,22 +186,29 @@ class Registry:
         )
 
     def _add(
-        self, draft: ModelDraft, spec: ModelSpec, placements: tuple[int, ...], needed: int
+        self, registration: Registration, spec: ModelSpec, placements: tuple[int, ...]
     ) -> Model:
-        handle = self._residency.add(
-            spec,
-            placements=placements,
-            needed_bytes=needed,
-            reload_s=0.05 + needed / _FIRST_GUESS_BYTES_PER_S,
-        )
-        created = datetime.now(UTC)
-        seed = f"{draft.id}\0{created.isoformat()}\0{handle.core_id}"
+        needed = registration.estimated_bytes
         model = Model(
-            draft=draft,
-            handle=handle,
+            draft=registration.draft,
             estimated_bytes=needed,
-            created=created,
-            etag=f'"{hashlib.sha256(seed.encode()).hexdigest()[:16]}"',
+            created=registration.created,
+            etag=registration.etag,
+            handle=self._residency.add(
+                spec,
+                placements=placements,
+                needed_bytes=needed,
+                reload_s=0.05 + needed / _FIRST_GUESS_BYTES_PER_S,
+            ),
         )
         self._catalog.add(model)
         return model
+
+
+def _registration(draft: ModelDraft, needed: int) -> Registration:
+    return Registration(
+        draft=draft,
+        estimated_bytes=needed,
+        created=datetime.now(UTC),
+        etag=f'"{secrets.token_hex(8)}"',
+    )

@@ -88,6 +88,19 @@ class Engine(Protocol):
     def check(self, spec: ModelSpec) -> None:
         """Checks task and options. Raises OptionError."""
 
+    def check_request(
+        self,
+        spec: ModelSpec,
+        inputs: Sequence[TensorValue],
+        parameters: Mapping[str, JsonValue],
+    ) -> None:
+        """Checks what can be checked of a request without its model.
+
+        Raises:
+            TensorError: an input that no such model takes.
+            OptionError: an unknown or unusable parameter.
+        """
+
     async def price(self, spec: ModelSpec) -> Price:
         """Says what a model costs, from its files' headers. Raises ModelFilesError."""
 

@@ -66,17 +66,10 @@ class Lane:
     Args:
         name: of the thread, for people who look at stacks.
         loop: where outcomes go.
-        prepare: called once in the thread before the first job.
     """
 
-    def __init__(
-        self,
-        name: str,
-        loop: asyncio.AbstractEventLoop,
-        prepare: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._prepare = prepare
         self._jobs: SimpleQueue[LaneJob | None] = SimpleQueue()
         self._done: deque[LaneJob] = deque()
         self._delivering = False
@@ -139,8 +132,6 @@ class Lane:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        if self._prepare is not None:
-            self._prepare()
         take = self._jobs.get
         while (job := take()) is not None:
             _run(job)

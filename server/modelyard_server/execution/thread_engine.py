@@ -12,6 +12,7 @@ import asyncio
 import ctypes
 import gc
 import logging
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from modelyard_server.execution.lane import Lane, LaneJob
 from modelyard_server.runtimes.api import (
     JsonValue,
     LoadedModel,
+    ModelFilesError,
     ModelSpec,
     OptionError,
     Price,
@@ -116,10 +118,8 @@ class ThreadEngine:
         """See Engine."""
         loop = asyncio.get_running_loop()
         for device in self._devices:
-            self._lanes.append(
-                Lane(f"lane-{device.name}", loop, partial(_prepare_thread, device.threads))
-            )
-            self._loaders.append(Lane(f"load-{device.name}", loop, partial(_prepare_thread, 1)))
+            self._lanes.append(Lane(f"lane-{device.name}", loop))
+            self._loaders.append(Lane(f"load-{device.name}", loop))
         self._pricers += [Lane(f"price-{i}", loop) for i in range(_PRICERS)]
         for name in runtimes:
             await self._pricers[0].call(self._runtimes[name].warm_up)
@@ -140,10 +140,26 @@ class ThreadEngine:
         """See Engine."""
         self._runtime(spec).check(spec)
 
+    def check_request(
+        self,
+        spec: ModelSpec,
+        inputs: Sequence[TensorValue],
+        parameters: Mapping[str, JsonValue],
+    ) -> None:
+        """See Engine."""
+        self._runtime(spec).check_request(spec, inputs, parameters)
+
     async def price(self, spec: ModelSpec) -> Price:
         """See Engine."""
         self._turn = (self._turn + 1) % len(self._pricers)
-        return await self._pricers[self._turn].call(partial(self._runtime(spec).price, spec))
+        try:
+            return await self._pricers[self._turn].call(partial(self._runtime(spec).price, spec))
+        except ModelFilesError:
+            raise
+        except Exception as error:  # code of a model: whatever it raises is the model's failure
+            logger.exception("pricing %s failed", spec.name)
+            kind = type(error.__cause__ or error).__name__
+            raise ModelFilesError(f"its runtime raised {kind} when it was priced") from None
 
     async def load(self, model: int, spec: ModelSpec, device: int) -> int:
         """See Engine."""
@@ -200,11 +216,13 @@ class ThreadEngine:
             else:
                 on_done(_outcome_of(job.error))
 
-        job = LaneJob(partial(held.loaded.run, inputs, parameters), deliver)
         lane = self._lanes[held.device]
         if held.loaded.brief:
+            job = LaneJob(partial(held.loaded.run, inputs, parameters), deliver)
             lane.submit_brief(job)
         else:
+            threads = self._devices[held.device].threads
+            job = LaneJob(partial(_run, held.loaded, threads, inputs, parameters), deliver)
             lane.submit(job)
         return job
 
@@ -225,6 +243,7 @@ class ThreadEngine:
 
     def _load(self, spec: ModelSpec, device: int, stop: threading.Event) -> _Held:
         try:
+            _set_threads(1)
             loaded = self._runtime(spec).load(
                 spec, device=self._devices[device].torch_device, stop=stop.is_set
             )
@@ -240,10 +259,24 @@ class ThreadEngine:
         return _Held(device=device, size_bytes=size_bytes, loaded=loaded)
 
 
-def _prepare_thread(threads: int) -> None:
-    import torch
+def _set_threads(threads: int) -> None:
+    """Sets torch's intra-op threads for work of this thread, where torch is used at all.
 
-    torch.set_num_threads(threads)
+    A server of models without torch does not import it: its process stays a tenth of the size.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def _run(
+    loaded: LoadedModel,
+    threads: int,
+    inputs: Sequence[TensorValue],
+    parameters: Mapping[str, JsonValue],
+) -> tuple[TensorValue, ...]:
+    _set_threads(threads)
+    return loaded.run(inputs, parameters)
 
 
 def _drop(held: _Held) -> _Leak | None:

@@ -591,6 +591,8 @@ class Residency:
         needed = (await self._engine.price(handle.spec)).peak_bytes
         if needed <= handle.needed_bytes:
             return
+        if needed > _core.MAX_BYTES:
+            raise ModelFilesError(f"needs {needed} bytes, more than any device has")
         handle.needed_bytes = needed
         placements = [{device: needed} for device in handle.placements]
         self._apply(self._yard.update_placements(handle.core_id, placements, self._now_ns()))

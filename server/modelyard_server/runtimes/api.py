@@ -52,8 +52,10 @@ class ModelSpec:
         name: id of the model.
         runtime: name of the runtime that executes it.
         task: what the runtime does with it; empty for runtimes that do one thing.
-        folder: where its files are; None for runtimes that have none. Already checked to lie under
-            a configured root.
+        folder: where its files are; None for runtimes that have none. Already checked to be named
+            below a configured root.
+        root: that root. What lies between it and the folder is written by others and is checked
+            whenever a file is opened; see weights/model_files.py. None if only the folder is known.
         options: options of the runtime, as written in the configuration.
     """
 
@@ -61,6 +63,7 @@ class ModelSpec:
     runtime: str
     task: str = ""
     folder: Path | None = None
+    root: Path | None = None
     options: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
@@ -175,6 +178,27 @@ class Runtime(ABC):
 
         Raises:
             ModelFilesError: files that can be seen to be no model of this runtime.
+        """
+
+    def check_request(  # noqa: B027 - nothing can be said of most requests without the model
+        self,
+        spec: ModelSpec,
+        inputs: Sequence[TensorValue],
+        parameters: Mapping[str, JsonValue],
+    ) -> None:
+        """Checks what can be checked of a request before its model is loaded for it.
+
+        Not called for every request: `run` of the loaded model checks all of it again. Touches no
+        files and imports nothing: it is called where nothing may take long.
+
+        Args:
+            spec: of the model; has passed check.
+            inputs: as `run` would get them.
+            parameters: as `run` would get them.
+
+        Raises:
+            TensorError: an input that no model of this spec takes.
+            OptionError: an unknown or unusable parameter.
         """
 
     @abstractmethod

@@ -43,9 +43,7 @@ _WIRE_TYPES: Mapping[torch.dtype, DType] = MappingProxyType(
 )
 
 
-def to_torch(
-    value: TensorValue, *, device: str = "cpu", writable: bool = False
-) -> torch.Tensor:
+def to_torch(value: TensorValue, *, device: str = "cpu", writable: bool = False) -> torch.Tensor:
     """Returns a torch tensor of the same type, shape and content.
 
     Args:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["IdentityRuntime"]
 
-_MAX_SIZE_BYTES = 2**50
+_MAX_SIZE_BYTES = 2**46 - 1
+"""The largest budget there is: a larger model could never be loaded."""
 
 
 class IdentityRuntime(Runtime):
@@ -53,6 +54,15 @@ class IdentityRuntime(Runtime):
         size_bytes = _size_bytes(spec)
         return Price(resting_bytes=size_bytes, peak_bytes=size_bytes)
 
+    def check_request(
+        self,
+        spec: ModelSpec,
+        inputs: Sequence[TensorValue],
+        parameters: Mapping[str, JsonValue],
+    ) -> None:
+        """Checks that there are no parameters."""
+        _check_parameters(parameters)
+
     def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
         """Allocates the ballast and touches every page of it."""
         if stop():
@@ -73,6 +83,11 @@ def _size_bytes(spec: ModelSpec) -> int:
     return size_bytes or 0
 
 
+def _check_parameters(parameters: Mapping[str, JsonValue]) -> None:
+    for name in parameters:
+        raise OptionError(name[:64], "is not known here; an identity model has no parameters")
+
+
 class _IdentityModel(LoadedModel):
     brief = True
 
@@ -82,8 +97,7 @@ class _IdentityModel(LoadedModel):
     def run(
         self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
     ) -> tuple[TensorValue, ...]:
-        for name in parameters:
-            raise OptionError(name[:64], "is not known here; an identity model has no parameters")
+        _check_parameters(parameters)
         return tuple(inputs)
 
     def measured_bytes(self) -> int:

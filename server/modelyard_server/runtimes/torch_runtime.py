@@ -26,12 +26,10 @@ from modelyard_server.runtimes.api import (
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.tensors import TensorError, TensorValue
-from modelyard_server.weights.model_files import shown
+from modelyard_server.weights.model_files import folder_of, shown
 from modelyard_server.weights.safetensors_files import Checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
 __all__ = ["TorchRuntime"]
@@ -113,7 +111,7 @@ class TorchRuntime(Runtime):
     def price(self, spec: ModelSpec) -> Price:
         """Says what a load takes: the weights as they are filed, and computed buffers."""
         try:
-            checkpoint = read_checkpoint(_folder(spec))
+            checkpoint = read_checkpoint(folder_of(spec))
             layout = self._layout(self._read_options(spec))
             _compare(layout, checkpoint)
         except BaseException as error:
@@ -121,6 +119,16 @@ class TorchRuntime(Runtime):
             raise
         resting = checkpoint.size_bytes + layout.computed_bytes
         return Price(resting_bytes=resting, peak_bytes=resting + layout.built_bytes)
+
+    def check_request(
+        self,
+        spec: ModelSpec,
+        inputs: Sequence[TensorValue],
+        parameters: Mapping[str, JsonValue],
+    ) -> None:
+        """Checks that there are no parameters, and the inputs' names as far as options say them."""
+        _check_parameters(parameters)
+        _input_names(inputs, self._read_options(spec).inputs)
 
     def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
         """Maps the weights, builds the module and binds them to it."""
@@ -163,11 +171,11 @@ class TorchRuntime(Runtime):
         from modelyard_server.weights.mapping import map_checkpoint
 
         options = self._read_options(spec)
-        checkpoint = read_checkpoint(_folder(spec))
+        checkpoint = read_checkpoint(folder_of(spec))
         layout = self._layout(options)
         _compare(layout, checkpoint)
         _check_stop(stop)
-        weights = map_checkpoint(_folder(spec), checkpoint, stop=stop)
+        weights = map_checkpoint(folder_of(spec), checkpoint, stop=stop)
         for names in layout.aliases:
             held = next(name for name in names if name in weights)
             for name in names:
@@ -188,12 +196,6 @@ class TorchRuntime(Runtime):
             module.to(device)
             _check_stop(stop)
         return _TorchModel(module, options, device=device)
-
-
-def _folder(spec: ModelSpec) -> Path:
-    if spec.folder is None:
-        raise ModelFilesError("the model has no folder")
-    return spec.folder
 
 
 def _check_stop(stop: StopCheck) -> None:
@@ -298,6 +300,36 @@ def _compare(layout: _Layout, checkpoint: Checkpoint) -> None:
             )
 
 
+def _check_parameters(parameters: Mapping[str, JsonValue]) -> None:
+    for name in parameters:
+        raise OptionError(name[:64], "is not known here; a torch model has no parameters")
+
+
+def _input_names(inputs: Sequence[TensorValue], names: tuple[str, ...] | None) -> list[str]:
+    """What each input is for: a name, or "" for the only one if it goes by its place.
+
+    Args:
+        inputs: of a request.
+        names: of all inputs, if the options say them.
+
+    Raises:
+        TensorError: one of several has no name, or the names are not those of the options.
+    """
+    found = []
+    for value in inputs:
+        if not value.name and len(inputs) > 1:
+            raise TensorError("", "has no name; only a single input may go without")
+        found.append(value.name or (names[0] if names else ""))
+    if names is not None:
+        for name in found:
+            if name not in names:
+                raise TensorError(name, f"is no input; the model takes {', '.join(names)}")
+        for name in names:
+            if name not in found:
+                raise TensorError(name, "is missing")
+    return found
+
+
 class _TorchModel(LoadedModel):
     def __init__(self, module: torch.nn.Module, options: _Options, *, device: str) -> None:
         self._module: torch.nn.Module | None = module
@@ -312,8 +344,7 @@ class _TorchModel(LoadedModel):
         import torch
 
         try:
-            for name in parameters:
-                raise OptionError(name[:64], "is not known here; a torch model has no parameters")
+            _check_parameters(parameters)
             with torch.inference_mode():
                 return self._answer(inputs)
         except BaseException as error:
@@ -327,36 +358,23 @@ class _TorchModel(LoadedModel):
             raise RuntimeError("the model was closed")
         positional: list[torch.Tensor] = []
         named: dict[str, torch.Tensor] = {}
-        for value in inputs:
+        for name, value in zip(_input_names(inputs, self._inputs), inputs, strict=True):
             tensor = to_torch(value, device=self._device, writable=True)
-            if value.name:
-                named[value.name] = tensor
-            elif len(inputs) > 1:
-                raise TensorError("", "has no name; only a single input may go without")
-            elif self._inputs is not None:
-                named[self._inputs[0]] = tensor
+            if name:
+                named[name] = tensor
             else:
                 positional.append(tensor)
-        self._check_names(inputs, positional, named)
+        if self._inputs is None:
+            self._check_signature(inputs, positional, named)
         made = self._module(*positional, **named)
         return tuple(to_value(name, tensor) for name, tensor in self._named(made))
 
-    def _check_names(
+    def _check_signature(
         self,
         inputs: Sequence[TensorValue],
         positional: list[torch.Tensor],
         named: dict[str, torch.Tensor],
     ) -> None:
-        if self._inputs is not None:
-            for value in inputs:
-                if value.name and value.name not in self._inputs:
-                    raise TensorError(
-                        value.name, f"is no input; the model takes {', '.join(self._inputs)}"
-                    )
-            for name in self._inputs:
-                if name not in named:
-                    raise TensorError(name, "is missing")
-            return
         try:
             self._signature.bind(*positional, **named)
         except TypeError:

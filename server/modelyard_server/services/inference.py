@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from time import monotonic_ns
 from typing import Any
 
-from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from modelyard.v1 import inference_service_pb2 as pb
 from modelyard_server.catalog.model import Model
-from modelyard_server.errors import Reason, Refusal, Violation
+from modelyard_server.errors import Reason, Refusal, Resource, Violation
 from modelyard_server.execution.dispatch import run_leased
 from modelyard_server.execution.engine import Engine, ModelFailed
 from modelyard_server.residency.shell import Lease, Residency
@@ -22,7 +21,8 @@ from modelyard_server.runtimes.api import OptionError
 from modelyard_server.runtimes.tensors import TensorError, TensorValue
 from modelyard_server.services.handler import invalid, new_error_id
 from modelyard_server.services.status import reply_of
-from modelyard_server.services.tensors import serialize_response, to_value
+from modelyard_server.services.structs import plain_values
+from modelyard_server.services.tensors import parse_request, serialize_response, to_value
 from modelyard_server.transport.api import Call, StatusReply
 
 __all__ = ["InferenceFigures", "InferenceService"]
@@ -88,27 +88,28 @@ class InferenceService:
             figures.active_count -= 1
 
     async def _predict(self, call: Call) -> bytes:
-        request = pb.PredictRequest()
         try:
-            request.ParseFromString(call.body)
+            request, contents = parse_request(call.body)
         except DecodeError:
             raise invalid(Violation("", "the message is no PredictRequest")) from None
         model = resolve(self._table, request.key)
-        inputs = _inputs_of(request)
-        parameters: dict[str, Any] = (
-            json_format.MessageToDict(request.parameters) if request.HasField("parameters") else {}
+        inputs = _inputs_of(request, contents)
+        parameters = (
+            plain_values(request.parameters, "parameters") if request.HasField("parameters") else {}
         )
         timeout_s = self._timeout_s(call)
         began_ns = monotonic_ns()
 
         lease = self._residency.try_lease(model.handle)
         cold = lease is None
-        if lease is None:
-            lease = await self._wait(model, began_ns + int(timeout_s * _NS))
-        leased_ns = monotonic_ns()
-        device = lease.device
-        left_s = timeout_s - (leased_ns - began_ns) / _NS
         try:
+            if lease is None:
+                # A hit finds out by itself. A request that no load can help must cause none.
+                self._engine.check_request(model.handle.spec, inputs, parameters)
+                lease = await self._wait(model, began_ns + int(timeout_s * _NS))
+            leased_ns = monotonic_ns()
+            device = lease.device
+            left_s = timeout_s - (leased_ns - began_ns) / _NS
             outputs = await run_leased(self._engine, lease, inputs, parameters, left_s)
         except TensorError as error:
             raise _invalid_tensor(request, error) from None
@@ -136,6 +137,8 @@ class InferenceService:
         except Refusal as refusal:
             if refusal.reason is Reason.LOAD_FAILED and model.handle.failure_text:
                 refusal.text = f"{refusal.text}: {model.handle.failure_text}"
+            elif refusal.reason is Reason.MODEL_NOT_FOUND:
+                refusal.resource = Resource("model", f"models/{model.id}")
             raise
 
     def _timeout_s(self, call: Call) -> float:
@@ -150,7 +153,9 @@ class InferenceService:
         return wanted - min(wanted * _ANSWER_MARGIN, _MOST_MARGIN_S)
 
 
-def _inputs_of(request: pb.PredictRequest) -> tuple[TensorValue, ...]:
+def _inputs_of(
+    request: pb.PredictRequest, contents: Mapping[int, bytes]
+) -> tuple[TensorValue, ...]:
     if not request.inputs:
         raise Refusal(
             Reason.INVALID_TENSOR,
@@ -161,7 +166,7 @@ def _inputs_of(request: pb.PredictRequest) -> tuple[TensorValue, ...]:
     violations: list[Violation] = []
     for i, message in enumerate(request.inputs):
         try:
-            values.append(to_value(message))
+            values.append(to_value(message, contents.get(i)))
         except TensorError as error:
             violations.append(Violation(f"inputs[{i}]", error.text))
     if len(values) > 1 and len({value.name for value in values}) != len(values):

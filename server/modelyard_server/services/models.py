@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from google.protobuf import json_format
-
 from modelyard.v1 import model_pb2
 from modelyard.v1 import model_service_pb2 as pb
 from modelyard_server.catalog.catalog import Catalog
-from modelyard_server.catalog.model import Model, ModelDraft
+from modelyard_server.catalog.model import ModelDraft, Registration, is_model_id
 from modelyard_server.catalog.registry import Registry
 from modelyard_server.errors import Reason, Refusal, Resource, Violation
 from modelyard_server.services.devices import placement_of, to_component_message
 from modelyard_server.services.handler import invalid
 from modelyard_server.services.paging import page
+from modelyard_server.services.structs import plain_values
 from modelyard_server.transport.api import Call
 
 __all__ = ["ModelService", "model_id_of"]
@@ -23,9 +20,9 @@ __all__ = ["ModelService", "model_id_of"]
 def model_id_of(name: str, field: str) -> str:
     """The id in a resource name "models/{model}". Raises Refusal INVALID_FIELD."""
     model_id = name.removeprefix("models/")
-    if model_id == name or not model_id or "/" in model_id:
+    if model_id == name or not is_model_id(model_id):
         raise invalid(Violation(field, 'must be "models/{model}"'))
-    return model_id[:128]
+    return model_id
 
 
 class ModelService:
@@ -40,7 +37,6 @@ class ModelService:
     ) -> pb.CreateModelResponse:
         """See ModelService.CreateModel."""
         model = request.model
-        options: dict[str, Any] = json_format.MessageToDict(model.options)
         draft = ModelDraft(
             id=request.model_id,
             keys=tuple(model.keys),
@@ -48,15 +44,10 @@ class ModelService:
             folder=model.source.folder,
             runtime=model.runtime,
             task=model.task,
-            options=options,
+            options=plain_values(model.options, "model.options"),
             placement=placement_of(model.placement, "model.placement"),
         )
         created = await self._registry.create(draft, validate_only=request.validate_only)
-        if created is None:
-            answer = model_pb2.Model()
-            answer.CopyFrom(model)
-            answer.name = f"models/{request.model_id}"
-            return pb.CreateModelResponse(model=answer)
         return pb.CreateModelResponse(model=_message(created))
 
     async def get_model(self, request: pb.GetModelRequest, call: Call) -> pb.GetModelResponse:
@@ -91,7 +82,7 @@ class ModelService:
         return pb.DeleteModelResponse()
 
 
-def _message(model: Model) -> model_pb2.Model:
+def _message(model: Registration) -> model_pb2.Model:
     draft = model.draft
     message = model_pb2.Model(
         name=f"models/{model.id}",

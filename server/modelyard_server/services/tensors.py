@@ -8,7 +8,7 @@ from modelyard.v1 import inference_service_pb2 as pb
 from modelyard.v1 import tensor_pb2
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
 
-__all__ = ["serialize_response", "to_value"]
+__all__ = ["parse_request", "serialize_response", "to_value"]
 
 _DTYPES: dict[int, DType] = {dtype.number: dtype for dtype in DType}
 
@@ -17,9 +17,118 @@ _RESPONSE_OUTPUTS = b"\x0a"
 _RESPONSE_SERVED = b"\x12"
 _TENSOR_RAW = b"\x22"
 
+_LENGTH_DELIMITED = 2
+_INPUTS_FIELD = 2
+_RAW_FIELD = 4
+_LARGE_BYTES = 32 * 1024
+"""Below this, copying is cheaper than looking for what need not be copied."""
 
-def to_value(message: tensor_pb2.Tensor) -> TensorValue:
+
+def parse_request(body: bytes) -> tuple[pb.PredictRequest, dict[int, bytes]]:
+    """Parses a PredictRequest.
+
+    Large `raw` contents are cut out of the message before protobuf sees it, which would copy them
+    into the message and once more out of it.
+
+    Returns:
+        The request, and by position of the input the raw content that was cut out of it.
+
+    Raises:
+        DecodeError: the bytes are no PredictRequest.
+    """
+    request = pb.PredictRequest()
+    if len(body) >= _LARGE_BYTES:
+        try:
+            rest, contents = _cut_contents(body)
+        except (IndexError, ValueError):
+            pass  # Protobuf says better what is wrong with it, or knows better that it is right.
+        else:
+            request.ParseFromString(rest)
+            return request, contents
+    request.ParseFromString(body)
+    return request, {}
+
+
+def _cut_contents(body: bytes) -> tuple[bytes, dict[int, bytes]]:
+    """Splits a request into what is left without large raw contents, and those."""
+    parts: list[bytes] = []
+    contents: dict[int, bytes] = {}
+    kept = at = position = 0
+    while at < len(body):
+        start = at
+        field, wire_type, begin, at = _next_field(body, at)
+        if field != _INPUTS_FIELD or wire_type != _LENGTH_DELIMITED:
+            continue
+        inner = begin
+        large: list[tuple[int, int, int]] = []  # Of each: its tag, its content, its end.
+        raws = 0
+        while inner < at:
+            tag = inner
+            inner_field, inner_type, content, inner = _next_field(body, inner)
+            if inner_field == _RAW_FIELD and inner_type == _LENGTH_DELIMITED:
+                raws += 1
+                if inner - content >= _LARGE_BYTES:
+                    large.append((tag, content, inner))
+        if inner != at:
+            raise ValueError("a tensor's fields do not end where it ends")
+        # Twice the same field means the last one; protobuf may sort that out.
+        if large and raws == 1:
+            tag, content, end = large[0]
+            contents[position] = body[content:end]
+            # An empty content in its place, so that which one of the oneof was set is not lost.
+            head = body[begin:tag] + _TENSOR_RAW + b"\x00" + body[end:at]
+            parts += (body[kept:start], b"\x12", _varint(len(head)), head)
+            kept = at
+        position += 1
+    parts.append(body[kept:])
+    return b"".join(parts), contents
+
+
+def _next_field(body: bytes, at: int) -> tuple[int, int, int, int]:
+    """The field at an offset: number, wire type, where its content begins and where it ends.
+
+    Raises:
+        IndexError, ValueError: it is cut short, or of a wire type that proto3 does not write.
+    """
+    tag, at = _read_varint(body, at)
+    wire_type = tag & 7
+    begin = at
+    if wire_type == 0:
+        _, end = _read_varint(body, at)
+    elif wire_type == 1:
+        end = at + 8
+    elif wire_type == _LENGTH_DELIMITED:
+        length, begin = _read_varint(body, at)
+        end = begin + length
+    elif wire_type == 5:
+        end = at + 4
+    else:
+        raise ValueError("a wire type of groups")
+    if end > len(body):
+        raise ValueError("cut short")
+    return tag >> 3, wire_type, begin, end
+
+
+def _read_varint(body: bytes, at: int) -> tuple[int, int]:
+    """A number of at most 64 bits and where it ends."""
+    value = shift = 0
+    while True:
+        byte = body[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than ten bytes")
+
+
+def to_value(message: tensor_pb2.Tensor, raw: bytes | None = None) -> TensorValue:
     """The tensor of a message.
+
+    Args:
+        message: as it was parsed.
+        raw: its raw content, if that was cut out before.
 
     Raises:
         TensorError: its type, shape and content disagree.
@@ -29,7 +138,7 @@ def to_value(message: tensor_pb2.Tensor) -> TensorValue:
         raise TensorError(message.name[:64], f"data_type {message.data_type} is unknown")
     data: bytes | tuple[str, ...] | tuple[bytes, ...]
     if dtype.item_size:
-        wanted, data = "raw", message.raw
+        wanted, data = "raw", message.raw if raw is None else raw
     elif dtype is DType.TEXT:
         wanted, data = "text", tuple(message.text.values)
     else:

@@ -8,7 +8,9 @@ default was seen to fail (docs/design/decisions.md).
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import socket
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -61,15 +63,50 @@ def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
     ]
 
 
+async def _check_free(address: str) -> None:
+    """Raises PortInUse if somebody listens on the address.
+
+    The library would find out as well, but not without a report of its own on standard error.
+    """
+    host, _, port = address.rpartition(":")
+    loop = asyncio.get_running_loop()
+    try:
+        places = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except OSError:
+        return  # For the library to judge, like everything below but one error.
+    for family, kind, protocol, _, place in places:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                # As the library does, or a port that was in use a moment ago would count.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PortInUse(address) from None
+
+
+def _bare_defect(error_id: str) -> StatusReply:
+    return StatusReply(
+        code=grpc.StatusCode.INTERNAL.value[0], text=f"internal error; error_id={error_id}"
+    )
+
+
 class AioTransport:
     """A grpc.aio server that carries calls to handlers, and the health service.
 
     Args:
         handlers: what it serves.
         max_message_bytes: largest request.
+        defect: what a caller is told when a handler raises; takes the error_id that is in the log.
     """
 
-    def __init__(self, handlers: Handlers, *, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        handlers: Handlers,
+        *,
+        max_message_bytes: int,
+        defect: Callable[[str], StatusReply] = _bare_defect,
+    ) -> None:
         self._server = grpc.aio.server(options=_options(max_message_bytes))
         self._health = health.aio.HealthServicer()
         self._services = tuple(handlers)
@@ -79,7 +116,7 @@ class AioTransport:
                     grpc.method_handlers_generic_handler(
                         service,
                         {
-                            method: grpc.unary_unary_rpc_method_handler(_carry(handler))
+                            method: grpc.unary_unary_rpc_method_handler(_carry(handler, defect))
                             for method, handler in methods.items()
                         },
                     ),
@@ -99,6 +136,7 @@ class AioTransport:
         Raises:
             PortInUse: it cannot be bound.
         """
+        await _check_free(address)
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError:
@@ -119,7 +157,9 @@ class AioTransport:
         await self._server.stop(grace_s)
 
 
-def _carry(handler: Handler) -> Callable[[bytes, Any], Awaitable[bytes]]:
+def _carry(
+    handler: Handler, defect: Callable[[str], StatusReply]
+) -> Callable[[bytes, Any], Awaitable[bytes]]:
     """A handler as grpc.aio wants it.
 
     Three things it would do by itself are wrong: send an exception's text to the client, send
@@ -135,9 +175,9 @@ def _carry(handler: Handler) -> Callable[[bytes, Any], Awaitable[bytes]]:
             task = asyncio.current_task()
             if context.cancelled() or (task is not None and task.cancelling()):
                 raise
-            reply = _defect("a task of the server was cancelled")
+            reply = defect(_logged("a task of the server was cancelled"))
         except Exception as error:
-            reply = _defect(type(error).__name__)
+            reply = defect(_logged(type(error).__name__))
         if isinstance(reply, bytes):
             return reply
         trailing: list[tuple[str, str | bytes]] = []
@@ -150,9 +190,8 @@ def _carry(handler: Handler) -> Callable[[bytes, Any], Awaitable[bytes]]:
     return answer
 
 
-def _defect(what: str) -> StatusReply:
+def _logged(what: str) -> str:
+    """Logs the exception that is being handled and returns the error_id it is found by."""
     error_id = uuid.uuid4().hex[:12]
     logger.exception("defect %s: %s", error_id, what)
-    return StatusReply(
-        code=grpc.StatusCode.INTERNAL.value[0], text=f"internal error; error_id={error_id}"
-    )
+    return error_id

@@ -10,13 +10,12 @@ from __future__ import annotations
 import errno
 import mmap
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
 from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError, StopCheck
-from modelyard_server.weights.model_files import open_model_file
+from modelyard_server.weights.model_files import FolderLike, open_model_file
 from modelyard_server.weights.safetensors_files import Checkpoint, FileHeader
 
 __all__ = ["TORCH_DTYPES", "map_checkpoint"]
@@ -49,7 +48,7 @@ _CANNOT_READ = frozenset({errno.EFAULT, errno.EIO})
 
 
 def map_checkpoint(
-    folder: Path, checkpoint: Checkpoint, *, stop: StopCheck
+    folder: FolderLike, checkpoint: Checkpoint, *, stop: StopCheck
 ) -> dict[str, torch.Tensor]:
     """Returns all tensors of a checkpoint by name, each over its own part of the mapped file.
 
@@ -70,7 +69,7 @@ def map_checkpoint(
     return tensors
 
 
-def _map_file(folder: Path, header: FileHeader, stop: StopCheck) -> dict[str, torch.Tensor]:
+def _map_file(folder: FolderLike, header: FileHeader, stop: StopCheck) -> dict[str, torch.Tensor]:
     with open_model_file(folder, header.name) as file:
         if file.identity != header.identity:
             raise ModelFilesError(

@@ -12,10 +12,9 @@ import hashlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from modelyard_server.runtimes.api import JsonValue, ModelFilesError
-from modelyard_server.weights.model_files import parse_json, read_model_file, shown
+from modelyard_server.weights.model_files import FolderLike, parse_json, read_model_file, shown
 
 __all__ = ["ModelConfig", "read_json_object", "read_model_config"]
 
@@ -92,7 +91,7 @@ class ModelConfig:
         return {key: value for key, value in self.values.items() if key in names}
 
 
-def read_model_config(folder: Path) -> ModelConfig:
+def read_model_config(folder: FolderLike) -> ModelConfig:
     """Reads and vets a model folder's config.json.
 
     Raises:
@@ -129,7 +128,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     )
 
 
-def read_json_object(folder: Path, name: str, *, max_bytes: int) -> dict[str, JsonValue]:
+def read_json_object(folder: FolderLike, name: str, *, max_bytes: int) -> dict[str, JsonValue]:
     """Reads another configuration file of the folder, of which single values are picked.
 
     Returns:

@@ -16,9 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from modelyard_server.runtimes.api import JsonValue, ModelFilesError
+from modelyard_server.runtimes.api import JsonValue, ModelFilesError, ModelSpec
 
-__all__ = ["OpenFile", "open_model_file", "parse_json", "read_model_file", "shown"]
+__all__ = [
+    "FolderLike",
+    "ModelFolder",
+    "OpenFile",
+    "check_folder",
+    "folder_of",
+    "open_model_file",
+    "parse_json",
+    "read_model_file",
+    "shown",
+]
 
 MAX_JSON_DEPTH = 32
 """Deepest nesting of a configuration file; composite models need about 6."""
@@ -40,6 +50,49 @@ _TRANSIENT_ERRORS = frozenset(
 """What may be gone the next time somebody asks. Everything else needs a person."""
 
 
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFolder:
+    """A model's folder by its way from a root.
+
+    Attributes:
+        root: a folder of the operator's, who may have put links on the way to it.
+        parts: names of the folders from there on; a link among them is not followed, whenever it
+            was put there.
+    """
+
+    root: Path
+    parts: tuple[str, ...]
+
+
+FolderLike = Path | ModelFolder
+"""Where a model's files are; of a bare path the whole way is trusted."""
+
+
+def folder_of(spec: ModelSpec) -> FolderLike:
+    """The folder of a model.
+
+    Raises:
+        ModelFilesError: it has none.
+    """
+    if spec.folder is None:
+        raise ModelFilesError("the model has no folder")
+    if spec.root is None:
+        return spec.folder
+    return ModelFolder(root=spec.root, parts=spec.folder.relative_to(spec.root).parts)
+
+
+def check_folder(folder: FolderLike) -> None:
+    """Checks that a model's folder is there and can be opened.
+
+    Raises:
+        ModelFilesError: it is not, or it is reached through a symbolic link.
+    """
+    os.close(_open_folder(folder))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenFile:
     """A regular file that is open for reading.
@@ -57,11 +110,11 @@ class OpenFile:
 
 
 @contextmanager
-def open_model_file(folder: Path, name: str) -> Iterator[OpenFile]:
+def open_model_file(folder: FolderLike, name: str) -> Iterator[OpenFile]:
     """Opens a regular file directly inside a model folder.
 
     Args:
-        folder: the model's folder; where it lies has been checked.
+        folder: the model's folder.
         name: name of the file, without any directory.
 
     Raises:
@@ -73,10 +126,7 @@ def open_model_file(folder: Path, name: str) -> Iterator[OpenFile]:
     # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever. The bytes of a regular
     # file are not affected by it.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        _refuse("the model's folder", error)
+    directory = _open_folder(folder)
     try:
         try:
             descriptor = os.open(name, flags, dir_fd=directory)
@@ -97,7 +147,30 @@ def open_model_file(folder: Path, name: str) -> Iterator[OpenFile]:
         os.close(descriptor)
 
 
-def read_model_file(folder: Path, name: str, *, max_bytes: int) -> bytes | None:
+def _open_folder(folder: FolderLike) -> int:
+    """Opens a model's folder. The descriptor is the caller's."""
+    root, parts = (folder, ()) if isinstance(folder, Path) else (folder.root, folder.parts)
+    try:
+        descriptor = os.open(root, _FOLDER_FLAGS)
+        try:
+            for part in parts:
+                outer = descriptor
+                descriptor = os.open(part, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=outer)
+                os.close(outer)
+        except OSError:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        if parts and error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise ModelFilesError(
+                "the model's folder is none, or is reached through a symbolic link"
+            ) from None
+        # Without its cause: a folder that is missing is not a file that need not be there.
+        raise _refusal("the model's folder", error) from None
+    return descriptor
+
+
+def read_model_file(folder: FolderLike, name: str, *, max_bytes: int) -> bytes | None:
     """Returns the content of a small file, or None if the folder has none of that name.
 
     Raises:
@@ -192,10 +265,14 @@ class _DuplicateKeyError(ValueError):
 
 
 def _refuse(name: str, error: OSError) -> NoReturn:
+    raise _refusal(name, error) from error
+
+
+def _refusal(name: str, error: OSError) -> ModelFilesError:
     if isinstance(error, FileNotFoundError):
         text = f"{name} is missing"
     elif error.errno == errno.ELOOP:
         text = f"{name} is a symbolic link; put the file itself there"
     else:
         text = f"{name} cannot be read: {os.strerror(error.errno or 0).lower()}"
-    raise ModelFilesError(text, transient=error.errno in _TRANSIENT_ERRORS) from error
+    return ModelFilesError(text, transient=error.errno in _TRANSIENT_ERRORS)

@@ -14,12 +14,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 
 from modelyard_server.runtimes.api import JsonValue, ModelFilesError
 from modelyard_server.weights.model_files import (
+    FolderLike,
     distinct_keys,
     open_model_file,
     parse_json,
@@ -134,7 +134,7 @@ class Checkpoint:
         return sum(tensor.size_bytes for file in self.files for tensor in file.tensors)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: FolderLike) -> Checkpoint:
     """Reads the headers of model.safetensors, or of the shards that its index names.
 
     Raises:
@@ -187,7 +187,7 @@ def _read_index(content: bytes) -> dict[str, str]:
     return places
 
 
-def read_header(folder: Path, name: str) -> FileHeader:
+def read_header(folder: FolderLike, name: str) -> FileHeader:
     """Reads and checks the header of one file; its data is not read.
 
     Args:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,25 +19,13 @@ from transformers import (
 
 from modelyard_server.runtimes.api import OptionError
 from modelyard_server.runtimes.conversion import to_value
-from modelyard_server.runtimes.hf.model import HfModel, chunks, texts_of
+from modelyard_server.runtimes.hf.model import HfModel, chunks
+from modelyard_server.runtimes.hf.requests import Sampling, read_writing, texts_of
 from modelyard_server.runtimes.hf.tokenizing import TextTokenizer
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.tensors import DType, TensorValue
 
 __all__ = ["TextGenerator"]
-
-_DEFAULT_NEW_TOKENS = 20
-_MAX_NEW_TOKENS = 65_536
-_MAX_STOPS = 16
-_MIN_TEMPERATURE = 0.01
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sampling:
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    seed: int
 
 
 class TextGenerator(HfModel):
@@ -77,13 +63,8 @@ class TextGenerator(HfModel):
     def _answer(
         self, inputs: Sequence[TensorValue], parameters: OptionReader
     ) -> tuple[TensorValue, ...]:
-        new_tokens = parameters.integer(
-            "max_new_tokens", _DEFAULT_NEW_TOKENS, low=1, high=_MAX_NEW_TOKENS
-        )
-        new_tokens = new_tokens or _DEFAULT_NEW_TOKENS
-        sampling = _sampling(parameters)
-        stops = parameters.texts("stop", limit=_MAX_STOPS) or ()
-        parameters.finish()
+        writing = read_writing(parameters)
+        new_tokens, sampling, stops = writing.new_tokens, writing.sampling, writing.stops
         room = self._max_length - new_tokens
         if room < 1:
             raise OptionError(
@@ -133,23 +114,6 @@ class TextGenerator(HfModel):
         return text[: min(places)] if places else text, count
 
 
-def _sampling(parameters: OptionReader) -> _Sampling | None:
-    temperature = parameters.number("temperature", None, low=0.0, high=100.0)
-    top_k = parameters.integer("top_k", None, low=1, high=1_000_000)
-    top_p = parameters.number("top_p", None, low=0.0, high=1.0)
-    seed = parameters.integer("seed", None, low=0, high=2**53)
-    if temperature is not None and 0.0 < temperature < _MIN_TEMPERATURE:
-        # The logits are divided by it and would overflow.
-        raise OptionError("temperature", f"must be 0 or at least {_MIN_TEMPERATURE}")
-    if temperature == 0.0 or (temperature is None and top_k is None and top_p is None):
-        return None
-    if seed is None:
-        seed = secrets.randbits(53)
-    return _Sampling(
-        temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
-
-
 class _Sampler(LogitsProcessor):
     """Draws the next token itself and leaves only that one.
 
@@ -157,7 +121,7 @@ class _Sampler(LogitsProcessor):
     set while others run. Every text has a generator of its own.
     """
 
-    def __init__(self, sampling: _Sampling, first_row: int, rows: int) -> None:
+    def __init__(self, sampling: Sampling, first_row: int, rows: int) -> None:
         warpers: list[Any] = []
         if sampling.temperature != 1.0:
             warpers.append(TemperatureLogitsWarper(sampling.temperature))

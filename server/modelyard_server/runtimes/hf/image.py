@@ -9,18 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from modelyard_server.runtimes.api import JsonValue, ModelFilesError
 from modelyard_server.runtimes.conversion import to_torch
-from modelyard_server.runtimes.hf.model import HfModel, chunks, only_input
+from modelyard_server.runtimes.hf.model import HfModel, chunks
+from modelyard_server.runtimes.hf.requests import image_of
 from modelyard_server.runtimes.hf.text import classify
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
 from modelyard_server.weights.model_config import read_json_object
+from modelyard_server.weights.model_files import FolderLike
 
 __all__ = ["ImageClassifier", "Preparation", "read_preparation"]
 
@@ -101,7 +102,7 @@ def _middle(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return pixels[..., top : top + height, left : left + width]
 
 
-def read_preparation(folder: Path, *, channels: int) -> Preparation | None:
+def read_preparation(folder: FolderLike, *, channels: int) -> Preparation | None:
     """Reads preprocessor_config.json; None if there is none and only prepared images are taken.
 
     Args:
@@ -225,7 +226,7 @@ class ImageClassifier(HfModel):
         self, inputs: Sequence[TensorValue], parameters: OptionReader
     ) -> tuple[TensorValue, ...]:
         parameters.finish()
-        value = only_input(inputs)
+        value = image_of(inputs, self._channels)
         self._check(value)
         images = to_torch(value)
         logits = []
@@ -238,13 +239,6 @@ class ImageClassifier(HfModel):
 
     def _check(self, value: TensorValue) -> None:
         shape = value.shape
-        if len(shape) != 4 or 0 in shape or value.dtype not in (DType.UINT8, DType.FLOAT32):
-            raise TensorError(
-                value.name,
-                f"is {value.dtype.value} of shape {list(shape)}; the model takes UINT8 [n, height, "
-                f"width, {self._channels}] or FLOAT32 [n, {self._channels}, height, width], none "
-                "of them 0",
-            )
         if value.dtype is DType.UINT8:
             if self._preparation is None:
                 raise TensorError(

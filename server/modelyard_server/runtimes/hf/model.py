@@ -12,10 +12,10 @@ import torch
 from modelyard_server.runtimes.api import JsonValue, LoadedModel
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.options import OptionReader
-from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
+from modelyard_server.runtimes.tensors import TensorValue
 from modelyard_server.weights.storages import unique_storage_bytes, witnesses
 
-__all__ = ["HfModel", "chunks", "labels_of", "only_input", "texts_of"]
+__all__ = ["HfModel", "chunks", "labels_of"]
 
 
 class HfModel(LoadedModel):
@@ -59,35 +59,6 @@ class HfModel(LoadedModel):
     def close(self) -> None:
         """Drops the module."""
         self._held = None
-
-
-def only_input(inputs: Sequence[TensorValue]) -> TensorValue:
-    """Returns the one input of a request.
-
-    Raises:
-        TensorError: there are more.
-    """
-    if len(inputs) != 1:
-        raise TensorError("", f"the model takes one input; {len(inputs)} were given")
-    return inputs[0]
-
-
-def texts_of(inputs: Sequence[TensorValue]) -> tuple[str, tuple[str, ...]]:
-    """Returns name and texts of the one TEXT tensor of shape [n].
-
-    Raises:
-        TensorError: another number, type or rank, or no text at all.
-    """
-    value = only_input(inputs)
-    if value.dtype is not DType.TEXT or len(value.shape) != 1:
-        raise TensorError(
-            value.name,
-            f"is {value.dtype.value} of shape {list(value.shape)}; the model takes TEXT of "
-            "shape [n]",
-        )
-    if not value.data:
-        raise TensorError(value.name, "holds no text; at least one is needed")
-    return value.name, tuple(text for text in value.data if isinstance(text, str))
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:

@@ -29,19 +29,23 @@ from modelyard_server.runtimes.api import (
     StopCheck,
 )
 from modelyard_server.runtimes.frames import forget_frames
+from modelyard_server.runtimes.hf.requests import check_request
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.weights.model_config import read_json_object, read_model_config
+from modelyard_server.weights.model_files import folder_of
 from modelyard_server.weights.safetensors_files import read_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
+    from modelyard_server.runtimes.api import JsonValue
     from modelyard_server.runtimes.hf.architectures import Architecture
     from modelyard_server.runtimes.hf.skeletons import SkeletonCache
+    from modelyard_server.runtimes.tensors import TensorValue
     from modelyard_server.weights.model_config import ModelConfig
+    from modelyard_server.weights.model_files import FolderLike
     from modelyard_server.weights.safetensors_files import Checkpoint
 
 __all__ = ["TASKS", "TransformersRuntime"]
@@ -132,6 +136,15 @@ class TransformersRuntime(Runtime):
             forget_frames(error)
             raise
 
+    def check_request(
+        self,
+        spec: ModelSpec,
+        inputs: Sequence[TensorValue],
+        parameters: Mapping[str, JsonValue],
+    ) -> None:
+        """Checks parameters, and number, type and rank of the inputs, by the task alone."""
+        check_request(spec.task, inputs, OptionReader(parameters))
+
     def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
         """Maps the weights, builds the model over them and moves it to the device."""
         try:
@@ -145,8 +158,8 @@ class TransformersRuntime(Runtime):
         from modelyard_server.runtimes.hf.architectures import find_architecture
         from modelyard_server.runtimes.hf.skeletons import checkpoint_dtype, price_of
 
-        config = read_model_config(_folder(spec))
-        checkpoint = read_checkpoint(_folder(spec))
+        config = read_model_config(folder_of(spec))
+        checkpoint = read_checkpoint(folder_of(spec))
         _check_layers(config, checkpoint)
         architecture = find_architecture(config, spec.task)
         dtype = checkpoint_dtype(config.dtype, checkpoint)
@@ -165,7 +178,7 @@ class TransformersRuntime(Runtime):
         _check_stop(stop)
         plan = self._plan(spec)
         _check_stop(stop)
-        weights = map_checkpoint(_folder(spec), plan.checkpoint, stop=stop)
+        weights = map_checkpoint(folder_of(spec), plan.checkpoint, stop=stop)
         with self._construction_lock:
             _check_stop(stop)
             _quiet()
@@ -178,12 +191,6 @@ class TransformersRuntime(Runtime):
             module.to(device)
             _check_stop(stop)
         return _with_task(module, spec, options, device)
-
-
-def _folder(spec: ModelSpec) -> Path:
-    if spec.folder is None:
-        raise ModelFilesError("the model has no folder")
-    return spec.folder
 
 
 def _check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
@@ -275,7 +282,7 @@ def _with_task(module: Any, spec: ModelSpec, options: _Options, device: str) -> 
     from modelyard_server.runtimes.hf.text import FeatureExtractor, MaskFiller, TextClassifier
     from modelyard_server.runtimes.hf.tokenizing import read_tokenizer
 
-    folder = _folder(spec)
+    folder = folder_of(spec)
     config = module.config
     batch_size = options.batch_size
     if spec.task == "image-classification":
@@ -345,7 +352,7 @@ def _own_length(module: Any, of_tokenizer: int | None) -> int:
     return own
 
 
-def _end_ids(folder: Path, config: Any) -> list[int]:
+def _end_ids(folder: FolderLike, config: Any) -> list[int]:
     """Ids of the tokens that end a text, by generation_config.json or else config.json."""
     settings = read_json_object(folder, "generation_config.json", max_bytes=1 << 20)
     value = settings.get("eos_token_id", getattr(config, "eos_token_id", None))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from modelyard_server.runtimes.conversion import to_value
-from modelyard_server.runtimes.hf.model import HfModel, chunks, labels_of, texts_of
+from modelyard_server.runtimes.hf.model import HfModel, chunks, labels_of
+from modelyard_server.runtimes.hf.requests import read_top_k, texts_of
 from modelyard_server.runtimes.hf.tokenizing import TextTokenizer, TokenBatch
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
@@ -175,8 +176,7 @@ class MaskFiller(_TextModel):
     def _answer(
         self, inputs: Sequence[TensorValue], parameters: OptionReader
     ) -> tuple[TensorValue, ...]:
-        top_k = parameters.integer("top_k", self._top_k, low=1, high=1_000) or self._top_k
-        parameters.finish()
+        top_k = read_top_k(parameters, self._top_k)
         name, texts = texts_of(inputs)
         encodings = self._tokenizer.encode(name, texts)
         mask_id = self._tokenizer.mask_id

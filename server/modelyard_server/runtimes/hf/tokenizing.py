@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import tokenizers
 import torch
@@ -16,7 +15,7 @@ import torch
 from modelyard_server.runtimes.api import JsonValue, ModelFilesError
 from modelyard_server.runtimes.tensors import TensorError
 from modelyard_server.weights.model_config import read_json_object
-from modelyard_server.weights.model_files import read_model_file
+from modelyard_server.weights.model_files import FolderLike, read_model_file
 
 __all__ = ["TextTokenizer", "TokenBatch", "read_tokenizer"]
 
@@ -120,7 +119,7 @@ class TextTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
 
-def read_tokenizer(folder: Path, *, pad_id: int | None, id_limit: int) -> TextTokenizer:
+def read_tokenizer(folder: FolderLike, *, pad_id: int | None, id_limit: int) -> TextTokenizer:
     """Reads a folder's tokenizer.json, and what its neighbours say of lengths and special tokens.
 
     Args:
