@@ -154,7 +154,7 @@ class ThreadEngine:
         self._turn = (self._turn + 1) % len(self._pricers)
         try:
             return await self._pricers[self._turn].call(partial(self._runtime(spec).price, spec))
-        except ModelFilesError:
+        except (ModelFilesError, OptionError):
             raise
         except Exception as error:  # code of a model: whatever it raises is the model's failure
             logger.exception("pricing %s failed", spec.name)
