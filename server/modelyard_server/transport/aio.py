@@ -168,9 +168,7 @@ def _carry(
 
     async def answer(body: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
         try:
-            reply = await handler(
-                Call(body, tuple(context.invocation_metadata() or ()), context.time_remaining())
-            )
+            reply = await handler(Call(body, context.invocation_metadata, context.time_remaining()))
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if context.cancelled() or (task is not None and task.cancelling()):

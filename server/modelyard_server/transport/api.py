@@ -7,7 +7,7 @@ native front end can take grpc.aio's place without touching it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = ["Call", "Handler", "Handlers", "StatusReply"]
@@ -19,13 +19,18 @@ class Call:
 
     Attributes:
         body: the request message, serialized.
-        metadata: what came with it, keys in lower case.
+        read_metadata: reads what came with it; see metadata.
         remaining_s: how long the caller will wait; None if it set no deadline.
     """
 
     body: bytes
-    metadata: Sequence[tuple[str, str | bytes]]
+    read_metadata: Callable[[], Iterable[tuple[str, str | bytes]] | None]
     remaining_s: float | None
+
+    @property
+    def metadata(self) -> Sequence[tuple[str, str | bytes]]:
+        """What came with the message, keys in lower case. Read when asked for: few handlers do."""
+        return tuple(self.read_metadata() or ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
