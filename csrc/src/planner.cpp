@@ -75,7 +75,7 @@ std::optional<Plan> plan_eviction(std::span<const Resident> residents, const Cha
     heap.pop_back();
     const Charge& held = *residents[next.resident].held;
     if (!held.overlaps(missing)) continue;  // What it holds is not short any more.
-    missing = missing.saturating_minus(held);
+    missing.reduce(held);
     chosen.push_back(next);
   }
   if (!missing.empty()) return std::nullopt;

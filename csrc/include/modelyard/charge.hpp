@@ -57,6 +57,13 @@ class Charge {
   /// This charge less `other`, not below zero on any device.
   [[nodiscard]] Charge saturating_minus(const Charge& other) const;
 
+  /// Takes `other` off this charge, not below zero on any device.
+  void reduce(const Charge& other) {
+    each(mask_ & other.mask_, [&](DeviceIndex device, Bytes amount) {
+      set(device, saturating_sub(amount, other.on(device)));
+    });
+  }
+
   /// Calls f(DeviceIndex, Bytes) for every device with a non-zero amount, in order.
   template <typename F>
   void for_each(F&& f) const {
@@ -67,15 +74,16 @@ class Charge {
 
  private:
   template <typename F>
-  void each(std::uint32_t mask, F& f) const {
+  void each(std::uint32_t mask, F&& f) const {
     for (std::uint32_t left = mask; left != 0; left &= left - 1) {
       const auto device = static_cast<DeviceIndex>(std::countr_zero(left));
       f(device, amounts_[position(device)]);
     }
   }
 
+  std::uint32_t mask_{
+      0};  // First, beside the first amounts: a scan reads both from one cache line.
   std::array<Bytes, kMaxDevices> amounts_{};
-  std::uint32_t mask_{0};
   static_assert(kMaxDevices <= 32, "the mask has one bit for each device");
 };
 

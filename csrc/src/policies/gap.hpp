@@ -34,18 +34,23 @@ class Gap final : public Policy {
  private:
   static constexpr std::uint32_t kRing = 5;  // Five times make four gaps.
 
-  struct History {
+  // Half a cache line: what a score needs, kept up to date by requests, which are rarer than
+  // scores.
+  struct Recent {
+    RequestClock last{
+        0};          // Zero for a model nobody asked for: seen once, at the beginning of time.
+    double span{0};  // From the first time in the ring to the last.
+    double gaps{0};  // Times in the ring less one; 0 for a model seen at most once.
+    double mean_gap{0};
+  };
+  struct Ring {
     std::array<RequestClock, kRing> times{};
     std::uint32_t next{0};   // Where the next time goes.
     std::uint32_t count{0};  // Times in the ring.
   };
 
-  // The place in the ring `steps` before `place`, at most a whole round.
-  [[nodiscard]] static constexpr std::uint32_t before(std::uint32_t place, std::uint32_t steps) {
-    return place >= steps ? place - steps : place + kRing - steps;
-  }
-
-  std::vector<History> histories_;
+  std::vector<Recent> recent_;
+  std::vector<Ring> rings_;
 };
 
 }  // namespace modelyard
