@@ -19,7 +19,8 @@ from modelyard_server.devices.inventory import ManagedDevice, take_inventory
 from modelyard_server.errors import Refusal
 from modelyard_server.execution.engine import Engine
 from modelyard_server.execution.thread_engine import ThreadEngine
-from modelyard_server.residency.shell import Residency, YardSettings
+from modelyard_server.residency.shell import Residency
+from modelyard_server.residency.values import YardSettings
 from modelyard_server.runtimes.registry import make_runtimes
 from modelyard_server.services.admin import AdminService
 from modelyard_server.services.devices import DeviceService

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from modelyard_server.catalog.catalog import Catalog
 from modelyard_server.catalog.model import Model, ModelDraft, is_key, is_model_id
 from modelyard_server.errors import Reason, Refusal, Resource
-from modelyard_server.residency.shell import ModelHandle
+from modelyard_server.residency.values import ModelHandle
 from modelyard_server.routing.resolve import resolve
 from modelyard_server.runtimes.api import ModelSpec
 

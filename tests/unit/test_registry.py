@@ -16,7 +16,8 @@ from modelyard_server.catalog.model import Model, ModelDraft
 from modelyard_server.catalog.registry import Registry
 from modelyard_server.devices.inventory import ManagedDevice
 from modelyard_server.errors import Code, Reason, Refusal
-from modelyard_server.residency.shell import NEVER_NS, Residency, State, YardSettings
+from modelyard_server.residency.shell import Residency
+from modelyard_server.residency.values import NEVER_NS, State, YardSettings
 from modelyard_server.runtimes.api import ModelFilesError, OptionError
 
 BUDGETS = (250, 400)

@@ -12,14 +12,8 @@ from tests.support.fake_engine import FakeClock, FakeEngine, turns
 
 from modelyard_server.errors import Code, Reason, Refusal
 from modelyard_server.residency import shell
-from modelyard_server.residency.shell import (
-    NEVER_NS,
-    Lease,
-    ModelHandle,
-    Residency,
-    State,
-    YardSettings,
-)
+from modelyard_server.residency.shell import Lease, Residency
+from modelyard_server.residency.values import NEVER_NS, ModelHandle, State, YardSettings
 from modelyard_server.runtimes.api import ModelFilesError, ModelSpec
 
 BUDGET = 250

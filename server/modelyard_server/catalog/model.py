@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from modelyard.devices import ComponentDevice
-from modelyard_server.residency.shell import ModelHandle
+from modelyard_server.residency.values import ModelHandle
 from modelyard_server.runtimes.api import JsonValue
 
 __all__ = [

@@ -9,7 +9,7 @@ Loads
 and unloads are tasks of this shell, not of the request that caused them: a client that leaves takes
 its ticket back and nothing else.
 
-This module is the only importer of the core's module.
+Its package is the only importer of the core's module.
 """
 
 from __future__ import annotations
@@ -20,130 +20,33 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, assert_never
 
 from modelyard_server import _core
-from modelyard_server.errors import QuotaViolation, Reason, Refusal, Resource, Violation
+from modelyard_server.errors import Reason, Refusal
 from modelyard_server.execution.engine import Engine
+from modelyard_server.residency.refusals import refusal_of
+from modelyard_server.residency.values import (
+    GONE,
+    NEVER_NS,
+    DeviceUse,
+    ModelHandle,
+    ModelUse,
+    State,
+    YardSettings,
+)
 from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError, ModelSpec
 
 if TYPE_CHECKING:
     from modelyard_server._core import _Action  # Exists for type checkers only.
 
-__all__ = [
-    "NEVER_NS",
-    "POLICIES",
-    "DeviceUse",
-    "Lease",
-    "ModelHandle",
-    "ModelUse",
-    "Residency",
-    "State",
-    "YardSettings",
-]
+__all__ = ["Lease", "Residency"]
 
 logger = logging.getLogger(__name__)
 
-NEVER_NS: int = _core.NEVER_NS
-"""The deadline of a request that has none."""
-
-POLICIES: tuple[str, ...] = _core.POLICIES
-"""Names of the eviction policies, the default first."""
-
-State = _core.State
-"""Where a model stands: COLD, QUEUED, LOADING, RESIDENT, DRAINING, UNLOADING or FAILED."""
-
 _RECHECK_S = (0.1, 1.0, 5.0, 30.0)
 """When an unload's missing memory is looked for again; the last one repeats."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class YardSettings:
-    """How the core behaves; see YardOptions in csrc/include/modelyard/yard.hpp.
-
-    Attributes:
-        budgets: bytes, one a device.
-        policy: name of the eviction policy.
-        max_waiting_per_model: most requests that wait for one model.
-        max_waiting: most requests that wait at all.
-        loads_per_device: loads that run on a device at once.
-        overdue_after_s: age at which a waiting request may make models in use drain.
-        backoff_initial_s: first pause after a failed load.
-        backoff_max_s: longest such pause.
-        explain_capacity: decisions that are remembered.
-    """
-
-    budgets: tuple[int, ...]
-    policy: str = "gap"
-    max_waiting_per_model: int = 1024
-    max_waiting: int = 65536
-    loads_per_device: int = 1
-    overdue_after_s: float = 30.0
-    backoff_initial_s: float = 1.0
-    backoff_max_s: float = 60.0
-    explain_capacity: int = 4096
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class ModelHandle:
-    """A registered model, as the rest of the server passes it around.
-
-    Attributes:
-        name: id of the model.
-        core_id: the yard's id for it.
-        spec: what the engine loads.
-        placements: alternatives, each the position of a device.
-        needed_bytes: upper bound of what a load takes, as last priced.
-        load_started: set while it is being loaded: the loop's time when that began, in seconds.
-        load_stopped: its load was told to stop.
-        failure_text: why its last load failed, while it is FAILED.
-    """
-
-    name: str
-    core_id: int
-    spec: ModelSpec
-    placements: tuple[int, ...]
-    needed_bytes: int
-    load_started: float | None = None
-    load_stopped: bool = False
-    failure_text: str = ""
-    _settled: list[asyncio.Future[None]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelUse:
-    """Where a model stands, at one moment. Charges are bytes by position of the device."""
-
-    state: _core.State
-    charges: dict[int, int]
-    quarantined: dict[int, int]
-    pinned: bool
-    lease_count: int
-    waiting_count: int
-    load_count: int
-    eviction_count: int
-    load_duration_s: float | None
-    failure_text: str
-    failure_transient: bool
-    failure_count: int
-    retry_in_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceUse:
-    """What a device has promised and holds, at one moment, in bytes."""
-
-    budget: int
-    reserved: int
-    resident: int
-    draining: int
-    quarantined: int
-    deficit: int
-    peak: int
-    load_count: int
-    eviction_count: int
 
 
 class Lease:
@@ -359,7 +262,7 @@ class Residency:
         """Where a model stands."""
         entry = self._yard.entry(handle.core_id)
         if entry is None:  # Removed, and everything is back.
-            return _GONE
+            return GONE
         failed = entry.state is State.FAILED
         return ModelUse(
             state=entry.state,
@@ -503,7 +406,13 @@ class Residency:
     def _refuse(self, refuse: _core.Refuse) -> None:
         future = self._tickets.pop(refuse.ticket, None)
         if future is not None and not future.done():
-            future.set_exception(self._refusal(refuse))
+            future.set_exception(
+                refusal_of(refuse, device_names=self._device_names, name_of=self._name_of)
+            )
+
+    def _name_of(self, core_id: int) -> str:
+        handle = self._handles.get(core_id)
+        return "a removed model" if handle is None else handle.name
 
     def _release(self, lease_id: int) -> None:
         actions = self._yard.release(lease_id, self._now_ns())
@@ -636,91 +545,3 @@ class Residency:
     def _forget_if_gone(self, handle: ModelHandle) -> None:
         if self._yard.entry(handle.core_id) is None:
             self._handles.pop(handle.core_id, None)
-
-    # --- Refusals -----------------------------------------------------------------------------
-
-    def _refusal(self, refuse: _core.Refuse) -> Refusal:
-        """The core's refusal in the words of the contract."""
-        why = _core.RefuseReason
-        match refuse.reason:
-            case why.NEVER_FITS | why.BUDGET_EXHAUSTED:
-                return self._no_room(refuse)
-            case why.QUEUE_FULL:
-                text = "too many requests wait already"
-                return Refusal(
-                    Reason.QUEUE_FULL,
-                    text,
-                    quota=(QuotaViolation("queue", text),),
-                    retry_after_s=max(0.05, refuse.retry_after_ns * 1e-9),
-                )
-            case why.LOAD_FAILED:
-                transient = refuse.failure is _core.LoadFailure.TRANSIENT
-                retry_s = refuse.retry_after_ns * 1e-9
-                return Refusal(
-                    Reason.LOAD_FAILED,
-                    "the model could not be loaded",
-                    metadata={"next_attempt_in_ms": str(round(retry_s * 1000))},
-                    retry_after_s=retry_s if transient else None,
-                    transient=transient,
-                )
-            case why.DEADLINE_IN_QUEUE:
-                return Refusal(
-                    Reason.DEADLINE_IN_QUEUE, "the deadline passed while waiting for memory"
-                )
-            case why.DEADLINE_IN_LOAD:
-                return Refusal(
-                    Reason.DEADLINE_IN_LOAD, "the deadline passed while the model was being loaded"
-                )
-            case _:
-                return Refusal(
-                    Reason.MODEL_NOT_FOUND,
-                    "the model was removed",
-                    resource=Resource("model", ""),
-                )
-
-    def _no_room(self, refuse: _core.Refuse) -> Refusal:
-        device = self._device_names[refuse.device]
-        metadata = {"device": device, "needed_bytes": str(refuse.needed)}
-        if refuse.reason is _core.RefuseReason.NEVER_FITS:
-            text = (
-                f"the model needs {refuse.needed} bytes on {device}, whose budget is "
-                f"{refuse.budget} bytes"
-            )
-            return Refusal(
-                Reason.MODEL_NEVER_FITS,
-                text,
-                metadata=metadata | {"budget_bytes": str(refuse.budget)},
-                violations=(Violation(device, text),),
-            )
-        holders = ", ".join(
-            f"{self._handles[model].name}={size}"
-            for model, size in refuse.holders
-            if model in self._handles
-        )
-        text = (
-            f"pinned models leave {refuse.free} free bytes on {device}, and the model needs "
-            f"{refuse.needed}; most is held by {holders or 'nobody'}"
-        )
-        return Refusal(
-            Reason.BUDGET_EXHAUSTED,
-            text,
-            metadata=metadata | {"free_bytes": str(refuse.free), "holders": holders},
-            quota=(QuotaViolation(device, text),),
-        )
-
-
-_GONE = ModelUse(
-    state=State.COLD,
-    charges={},
-    quarantined={},
-    pinned=False,
-    lease_count=0,
-    waiting_count=0,
-    load_count=0,
-    eviction_count=0,
-    load_duration_s=None,
-    failure_text="",
-    failure_transient=False,
-    failure_count=0,
-    retry_in_s=0.0,
-)

@@ -11,7 +11,8 @@ from modelyard.v1 import residency_service_pb2 as pb
 from modelyard_server.catalog.catalog import Catalog
 from modelyard_server.catalog.model import Model
 from modelyard_server.errors import Reason, Refusal
-from modelyard_server.residency.shell import Residency, State
+from modelyard_server.residency.shell import Residency
+from modelyard_server.residency.values import State
 from modelyard_server.services.models import model_id_of
 from modelyard_server.services.paging import page
 from modelyard_server.transport.api import Call

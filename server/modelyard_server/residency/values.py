@@ -1,0 +1,134 @@
+"""What the residency tells and is told: settings, handles, and where models and devices stand."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from modelyard_server import _core
+from modelyard_server.runtimes.api import ModelSpec
+
+__all__ = [
+    "GONE",
+    "NEVER_NS",
+    "POLICIES",
+    "DeviceUse",
+    "ModelHandle",
+    "ModelUse",
+    "State",
+    "YardSettings",
+]
+
+NEVER_NS: int = _core.NEVER_NS
+"""The deadline of a request that has none."""
+
+POLICIES: tuple[str, ...] = _core.POLICIES
+"""Names of the eviction policies, the default first."""
+
+State = _core.State
+"""Where a model stands: COLD, QUEUED, LOADING, RESIDENT, DRAINING, UNLOADING or FAILED."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YardSettings:
+    """How the core behaves; see YardOptions in csrc/include/modelyard/yard.hpp.
+
+    Attributes:
+        budgets: bytes, one a device.
+        policy: name of the eviction policy.
+        max_waiting_per_model: most requests that wait for one model.
+        max_waiting: most requests that wait at all.
+        loads_per_device: loads that run on a device at once.
+        overdue_after_s: age at which a waiting request may make models in use drain.
+        backoff_initial_s: first pause after a failed load.
+        backoff_max_s: longest such pause.
+        explain_capacity: decisions that are remembered.
+    """
+
+    budgets: tuple[int, ...]
+    policy: str = "gap"
+    max_waiting_per_model: int = 1024
+    max_waiting: int = 65536
+    loads_per_device: int = 1
+    overdue_after_s: float = 30.0
+    backoff_initial_s: float = 1.0
+    backoff_max_s: float = 60.0
+    explain_capacity: int = 4096
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ModelHandle:
+    """A registered model, as the rest of the server passes it around.
+
+    Attributes:
+        name: id of the model.
+        core_id: the yard's id for it.
+        spec: what the engine loads.
+        placements: alternatives, each the position of a device.
+        needed_bytes: upper bound of what a load takes, as last priced.
+        load_started: set while it is being loaded: the loop's time when that began, in seconds.
+        load_stopped: its load was told to stop.
+        failure_text: why its last load failed, while it is FAILED.
+    """
+
+    name: str
+    core_id: int
+    spec: ModelSpec
+    placements: tuple[int, ...]
+    needed_bytes: int
+    load_started: float | None = None
+    load_stopped: bool = False
+    failure_text: str = ""
+    _settled: list[asyncio.Future[None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelUse:
+    """Where a model stands, at one moment. Charges are bytes by position of the device."""
+
+    state: _core.State
+    charges: dict[int, int]
+    quarantined: dict[int, int]
+    pinned: bool
+    lease_count: int
+    waiting_count: int
+    load_count: int
+    eviction_count: int
+    load_duration_s: float | None
+    failure_text: str
+    failure_transient: bool
+    failure_count: int
+    retry_in_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceUse:
+    """What a device has promised and holds, at one moment, in bytes."""
+
+    budget: int
+    reserved: int
+    resident: int
+    draining: int
+    quarantined: int
+    deficit: int
+    peak: int
+    load_count: int
+    eviction_count: int
+
+
+GONE = ModelUse(
+    state=State.COLD,
+    charges={},
+    quarantined={},
+    pinned=False,
+    lease_count=0,
+    waiting_count=0,
+    load_count=0,
+    eviction_count=0,
+    load_duration_s=None,
+    failure_text="",
+    failure_transient=False,
+    failure_count=0,
+    retry_in_s=0.0,
+)
+"""Where a model stands that was removed and holds nothing any more."""
