@@ -93,6 +93,8 @@ class ToyRuntime(Runtime):
     def price(self, spec: ModelSpec) -> Price:
         if spec.options.get("broken"):
             raise ModelFilesError("cut short")
+        if gate := spec.options.get("gate"):
+            gate.wait(PATIENCE_S)
         return Price(resting_bytes=spec.options["size"], peak_bytes=spec.options["size"])
 
     def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
@@ -503,6 +505,21 @@ async def test_abandoned_work_that_has_not_begun_is_answered_with_none(
     assert await first.get() == (INPUT,)
     assert await second.get() is None
     assert len(runs) == 1
+
+
+async def test_files_that_hang_hold_up_nobody_elses_price(engine: ThreadEngine) -> None:
+    gate = threading.Event()
+    stuck = asyncio.create_task(engine.price(spec_of("stuck", gate=gate)))
+    await asyncio.sleep(0)
+    try:
+        # More than there are pricers: none of them may wait behind the one that hangs.
+        async with asyncio.timeout(PATIENCE_S / 2):
+            for size in range(10):
+                assert (await engine.price(spec_of(size=size))).peak_bytes == size
+        assert not stuck.done()
+    finally:
+        gate.set()
+    assert (await stuck).peak_bytes == 100
 
 
 async def test_an_unknown_runtime_names_those_there_are(engine: ThreadEngine) -> None:

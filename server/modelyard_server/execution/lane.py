@@ -82,6 +82,11 @@ class Lane:
         self._unfinished += 1
         self._jobs.put(job)
 
+    @property
+    def unfinished(self) -> int:
+        """Jobs that run or wait."""
+        return self._unfinished
+
     def submit_brief(self, job: LaneJob) -> None:
         """Runs a job that takes less than a thread would, at once if the lane is idle.
 

@@ -112,7 +112,6 @@ class ThreadEngine:
         # Of their own, so that looking at one model's files does not wait for another's load; and
         # several, so that files that hang hold up only themselves.
         self._pricers: list[Lane] = []
-        self._turn = 0
 
     async def start(self, runtimes: Sequence[str]) -> None:
         """See Engine."""
@@ -151,9 +150,10 @@ class ThreadEngine:
 
     async def price(self, spec: ModelSpec) -> Price:
         """See Engine."""
-        self._turn = (self._turn + 1) % len(self._pricers)
+        # The least busy one: whatever hangs in one of them must not take others' turns.
+        pricer = min(self._pricers, key=lambda lane: lane.unfinished)
         try:
-            return await self._pricers[self._turn].call(partial(self._runtime(spec).price, spec))
+            return await pricer.call(partial(self._runtime(spec).price, spec))
         except (ModelFilesError, OptionError):
             raise
         except Exception as error:  # code of a model: whatever it raises is the model's failure
