@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -80,6 +80,10 @@ def test_arrays_of_text_and_byte_strings_keep_their_shape(
     assert back.ravel().tolist() == elements
 
 
+UNADDRESSABLE = [0, 2**31 - 1, 2**31 - 1]
+"""No elements, and yet no array can have this shape."""
+
+
 @st.composite
 def any_tensors(draw: st.DrawFn) -> Tensor:
     """Tensors as a broken or hostile peer could send them."""
@@ -103,6 +107,8 @@ def any_tensors(draw: st.DrawFn) -> Tensor:
 
 
 @given(tensor=any_tensors())
+@example(tensor=Tensor(data_type=DataType.DATA_TYPE_INT32, shape=UNADDRESSABLE, raw=b""))
+@example(tensor=Tensor(data_type=DataType.DATA_TYPE_TEXT, shape=UNADDRESSABLE))
 def test_what_is_read_agrees_with_its_shape_or_is_refused(tensor: Tensor) -> None:
     try:
         value = from_tensor(tensor)

@@ -201,11 +201,11 @@ def from_tensor(tensor: tensor_pb2.Tensor) -> TensorValue:
     if data_type == tensor_pb2.DATA_TYPE_TEXT:
         texts = list(tensor.text.values)
         _check_content(tensor, "text", count, len(texts), "values")
-        return texts if len(shape) == 1 else _object_array(texts, shape)
+        return texts if len(shape) == 1 else _object_array(tensor.name, texts, shape)
     if data_type == tensor_pb2.DATA_TYPE_BYTES:
         strings = list(tensor.binary.values)
         _check_content(tensor, "binary", count, len(strings), "values")
-        return strings if len(shape) == 1 else _object_array(strings, shape)
+        return strings if len(shape) == 1 else _object_array(tensor.name, strings, shape)
     wire_type = _WIRE_TYPES.get(data_type)
     if wire_type is None:
         raise TensorError(
@@ -215,7 +215,7 @@ def from_tensor(tensor: tensor_pb2.Tensor) -> TensorValue:
     _check_content(tensor, "raw", count * wire_type.itemsize, len(raw), "bytes")
     read_only = np.frombuffer(raw, dtype=wire_type) if raw else np.empty(0, dtype=wire_type)
     # A copy even where none is needed, so that the array can be written to.
-    elements = read_only.astype(wire_type.newbyteorder("=")).reshape(shape)
+    elements = _shaped(tensor.name, read_only.astype(wire_type.newbyteorder("=")), shape)
     if data_type == tensor_pb2.DATA_TYPE_BFLOAT16:
         return Bfloat16(bits=elements)
     if data_type == tensor_pb2.DATA_TYPE_BOOL:
@@ -322,10 +322,24 @@ def _check_content(
         )
 
 
-def _object_array(elements: Sequence[str | bytes], shape: tuple[int, ...]) -> NDArray[Any]:
+def _object_array(
+    name: str, elements: Sequence[str | bytes], shape: tuple[int, ...]
+) -> NDArray[Any]:
     array = np.empty(len(elements), dtype=object)
     array[:] = elements
-    return array.reshape(shape)
+    return _shaped(name, array, shape)
+
+
+def _shaped(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        return array.reshape(shape)
+    except ValueError as error:
+        # The count was checked: what is left is an empty array whose other dimensions no memory
+        # can address.
+        raise TensorError(
+            f"tensor {name!r}: no array can have shape {list(shape)}: its dimensions without the "
+            "zeros are too large"
+        ) from error
 
 
 def _unsupported(name: str, value: object, *, wanted: type | None = None) -> TypeError:
