@@ -68,8 +68,13 @@ py::dict to_python(const Explanation& e) {
   record["at_ns"] = e.at.time_since_epoch().count();
   record["decision"] = py::str(decision.data(), decision.size());
   record["model"] = to_integer(e.model);
+  const std::string_view why = to_string(e.why);
+  record["why"] = py::str(why.data(), why.size());
   record["cause"] = to_integer(e.cause);
+  record["device"] =
+      e.device == kNoDevice ? std::int64_t{-1} : std::int64_t{static_cast<std::uint32_t>(e.device)};
   record["score"] = e.score;
+  record["seconds"] = e.decision == Decision::kLoadDone ? e.score : 0.0;
   record["bytes"] = e.bytes.value;
   record["waited_ns"] = e.waited.count();
   return record;
@@ -97,14 +102,18 @@ void register_yard(py::module_& module) {
            py::arg("explain_capacity") = 4096)
       .def(
           "add_model",
-          [](Yard& yard, std::string label, const py::list& placements, double reload_seconds) {
+          [](Yard& yard, std::string label, const py::list& placements, double reload_seconds,
+             std::int64_t replaces) {
             ModelSpec spec;
+            if (replaces != 0) spec.replaces = model_id(replaces);
             spec.label = std::move(label);
             spec.placements = to_placements(placements);
             spec.reload_seconds = reload_seconds;
             return to_integer(unwrap(yard.add_model(std::move(spec))));
           },
-          py::arg("label"), py::arg("placements"), py::arg("reload_seconds"))
+          "Adds a model, cold. `replaces` is a model whose history it takes over, or 0.",
+          py::arg("label"), py::arg("placements"), py::arg("reload_seconds"),
+          py::arg("replaces") = 0)
       .def(
           "update_placements",
           [](Yard& yard, std::int64_t model, const py::list& placements, std::int64_t now) {
@@ -277,6 +286,41 @@ void register_yard(py::module_& module) {
             return records;
           },
           "The last decisions, oldest first.")
+      .def(
+          "explanations_after",
+          [](const Yard& yard, std::uint64_t sequence) {
+            const auto& entries = yard.explanations().entries();
+            auto first = entries.end();
+            while (first != entries.begin() && std::prev(first)->sequence > sequence) --first;
+            py::list records;
+            for (; first != entries.end(); ++first) records.append(to_python(*first));
+            return records;
+          },
+          "The decisions behind the one of this sequence, oldest first.", py::arg("sequence"))
+      .def_property_readonly(
+          "last_explained",
+          [](const Yard& yard) {
+            const auto& entries = yard.explanations().entries();
+            return entries.empty() ? std::uint64_t{0} : entries.back().sequence;
+          },
+          "Sequence of the last decision; 0 before the first.")
+      .def(
+          "clone", [](const Yard& yard) { return yard.clone(); },
+          "A yard in the same state that goes its own way: for finding out what would happen.")
+      .def(
+          "leases_of",
+          [](const Yard& yard, std::int64_t model) {
+            py::list leases;
+            for (LeaseId lease : yard.leases_of(model_id(model))) leases.append(to_integer(lease));
+            return leases;
+          },
+          "The leases on a model, in no order.", py::arg("model"))
+      .def(
+          "device_closed",
+          [](const Yard& yard, std::int64_t device) {
+            return yard.device_closed(device_index(yard, device));
+          },
+          py::arg("device"))
       .def(
           "audit",
           [](const Yard& yard) {

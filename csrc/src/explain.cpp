@@ -24,6 +24,34 @@ std::string_view to_string(Decision decision) {
       return "OVERSHOOT";
     case Decision::kBudgetChanged:
       return "BUDGET_CHANGED";
+    case Decision::kPinned:
+      return "PINNED";
+    case Decision::kUnpinned:
+      return "UNPINNED";
+    case Decision::kDeviceClosed:
+      return "DEVICE_DRAINED";
+    case Decision::kDeviceOpened:
+      return "DEVICE_UNDRAINED";
+    case Decision::kQueued:
+      return "QUEUED";
+  }
+  return "?";
+}
+
+std::string_view to_string(Why why) {
+  switch (why) {
+    case Why::kNone:
+      return "NONE";
+    case Why::kModel:
+      return "MODEL";
+    case Why::kBudget:
+      return "BUDGET";
+    case Why::kDeviceClosed:
+      return "DEVICE_CLOSED";
+    case Why::kAsked:
+      return "OPERATOR";
+    case Why::kRemoved:
+      return "REMOVED";
   }
   return "?";
 }

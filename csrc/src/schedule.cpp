@@ -23,10 +23,24 @@ Tick Yard::overdue_at(const Entry& entry) const {
   return saturating_add(oldest.arrival, patience);
 }
 
-bool Yard::is_closed(const Charge& placement) const {
-  bool closed = false;
-  placement.for_each([&](DeviceIndex d, Bytes) { closed = closed || closed_[position(d)]; });
-  return closed;
+// The first closed device that a charge touches, or kNoDevice.
+DeviceIndex Yard::closed_device(const Charge& placement) const {
+  DeviceIndex found = kNoDevice;
+  placement.for_each([&](DeviceIndex d, Bytes) {
+    if (found == kNoDevice && closed_[position(d)]) found = d;
+  });
+  return found;
+}
+
+std::vector<LeaseId> Yard::leases_of(ModelId model) const {
+  std::vector<LeaseId> found;
+  if (entries_.find(model) == nullptr) return found;
+  const EntryIndex index = EntryTable::index_of(model);
+  for (std::uint32_t i = 0; i < leases_.slot_count(); ++i) {
+    const Lease* lease = leases_.at(i);
+    if (lease != nullptr && lease->entry == index) found.push_back(leases_.id_at(i));
+  }
+  return found;
 }
 
 std::vector<Resident> Yard::residents(bool with_leased) const {
@@ -139,7 +153,11 @@ void Yard::repay_deficits(Actions& out) {
     most.set(d, std::min(sum, owed.on(d)));
   });
   if (std::optional<Plan> plan = plan_eviction(all, most, budgets_, *policy_, request_clock_)) {
-    evict(*plan, ModelId{}, out);
+    DeviceIndex owing = kNoDevice;
+    owed.for_each([&](DeviceIndex d, Bytes) {
+      if (owing == kNoDevice) owing = d;
+    });
+    evict(*plan, Cause{.why = Why::kBudget, .device = owing}, out);
   }
 }
 
@@ -219,7 +237,7 @@ void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
   }
   if (room.plan) {
     pass.count_on(room.plan->victims, *this);
-    evict(*room.plan, entries_.id_at(index), out);
+    evict(*room.plan, Cause{.why = Why::kModel, .model = entries_.id_at(index)}, out);
     pass.idle_known = false;
     const Charge& need = entry.placements[room.placement];
     const bool at_once = std::none_of(room.plan->victims.begin(), room.plan->victims.end(),
@@ -255,7 +273,7 @@ Yard::Room Yard::cheapest_room(const Entry& entry, const Pass& pass,
   return best;
 }
 
-void Yard::evict(const Plan& plan, ModelId cause, Actions& out) {
+void Yard::evict(const Plan& plan, const Cause& cause, Actions& out) {
   for (const Victim& victim : plan.victims) {
     Entry& entry = entry_at(victim.entry);
     explain(victim.leased ? Decision::kDrained : Decision::kEvicted, entries_.id_at(victim.entry),
@@ -298,15 +316,18 @@ void Yard::wake(Actions& out) {
   out.push_back(WakeAt{next});
 }
 
-void Yard::explain(Decision decision, ModelId model, ModelId cause, double score, Bytes bytes) {
+void Yard::explain(Decision decision, ModelId model, const Cause& cause, double score,
+                   Bytes bytes) {
   Explanation explanation;
   explanation.at = now_;
   explanation.decision = decision;
   explanation.model = model;
-  explanation.cause = cause;
+  explanation.why = cause.why;
+  explanation.cause = cause.model;
+  explanation.device = cause.device;
   explanation.score = score;
   explanation.bytes = bytes;
-  const Entry* whose = entries_.find(cause == ModelId{} ? model : cause);
+  const Entry* whose = entries_.find(cause.model == ModelId{} ? model : cause.model);
   if (whose != nullptr && whose->waiting_count > 0) {
     explanation.waited = now_ - tickets_.find(whose->oldest)->arrival;
   }

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "modelyard/yard.hpp"
 
@@ -61,7 +62,7 @@ void Yard::drop_ticket(TicketId id) {
 void Yard::refuse(TicketId id, Refuse refusal, Actions& out) {
   const EntryIndex index = tickets_.find(id)->entry;
   refusal.ticket = id;
-  explain(Decision::kRefused, entries_.id_at(index), ModelId{}, static_cast<double>(refusal.reason),
+  explain(Decision::kRefused, entries_.id_at(index), Cause{}, static_cast<double>(refusal.reason),
           refusal.needed);
   drop_ticket(id);
   out.push_back(refusal);
@@ -128,12 +129,19 @@ void Yard::start_load(EntryIndex index, std::uint32_t placement, Actions& out) {
     ++loading_[position(d)];
     if (entry.pinned) pinned_[position(d)] += b;
   });
-  explain(Decision::kLoadStarted, entries_.id_at(index), ModelId{}, 0, entry.held.total());
+  explain(Decision::kLoadStarted, entries_.id_at(index), Cause{}, 0, entry.held.total());
   out.push_back(Load{entries_.id_at(index), placement});
+}
+
+void Yard::stop_load(EntryIndex index, Actions& out) {
+  Entry& entry = entry_at(index);
+  if (std::exchange(entry.stop_sent, true)) return;
+  out.push_back(CancelLoad{entries_.id_at(index)});
 }
 
 // Gives back the load channels. The reservation is the caller's to settle.
 void Yard::end_load(Entry& entry) {
+  entry.stop_sent = false;
   entry.held.for_each([&](DeviceIndex d, Bytes b) {
     --loading_[position(d)];
     if (entry.pinned) pinned_[position(d)] -= b;
@@ -152,6 +160,14 @@ void Yard::start_drain(EntryIndex index, Actions& out) {
   } else {
     out.push_back(Drain{entries_.id_at(index)});
   }
+}
+
+// A model leaves for a reason that no policy weighed.
+void Yard::send_away(EntryIndex index, const Cause& cause, Actions& out) {
+  const Entry& entry = entry_at(index);
+  explain(entry.lease_count > 0 ? Decision::kDrained : Decision::kEvicted, entries_.id_at(index),
+          cause, 0, entry.held.total());
+  start_drain(index, out);
 }
 
 void Yard::start_unload(EntryIndex index, Actions& out) {
@@ -175,7 +191,10 @@ void Yard::drain_closed(Actions& out) {
   for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
     const Entry* entry = entries_.at(i);
     if (entry == nullptr || entry->state != State::kResident || entry->pinned) continue;
-    if (is_closed(entry->held)) start_drain(i, out);
+    const DeviceIndex closed = closed_device(entry->held);
+    if (closed != kNoDevice) {
+      send_away(i, Cause{.why = Why::kDeviceClosed, .device = closed}, out);
+    }
   }
 }
 
@@ -187,7 +206,7 @@ void Yard::learn_size(EntryIndex index, const Charge& actual) {
       promised && entry.state != State::kLoading ? entry.placements[entry.placement] : entry.held;
   if (actual.fits_within(promise)) return;
   const Charge over = actual.saturating_minus(promise);
-  explain(Decision::kOvershoot, entries_.id_at(index), ModelId{}, 0, over.total());
+  explain(Decision::kOvershoot, entries_.id_at(index), Cause{}, 0, over.total());
   // Once caught out, the same promise is not made again.
   if (promised) entry.placements[entry.placement] = entry.placements[entry.placement].max(actual);
 }

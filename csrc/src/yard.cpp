@@ -87,8 +87,17 @@ Result<ModelId> Yard::add_model(ModelSpec spec) {
   entry.label = std::move(spec.label);
   entry.placements = std::move(spec.placements);
   entry.reload_seconds = std::max(spec.reload_seconds, kLeastReloadSeconds);
+  const Entry* before = nullptr;
+  if (spec.replaces) {
+    before = live(*spec.replaces);
+    if (before == nullptr) return stale("the model to be replaced");
+    if (before->load_count > 0) entry.reload_seconds = before->reload_seconds;
+  }
   const ModelId id = entries_.insert(std::move(entry));
   policy_->on_add(EntryTable::index_of(id));
+  if (spec.replaces) {
+    policy_->on_replace(EntryTable::index_of(id), EntryTable::index_of(*spec.replaces));
+  }
   return id;
 }
 
@@ -123,10 +132,10 @@ Status Yard::remove_model(ModelId model, Tick now, Actions& out) {
   switch (entry->state) {
     case State::kLoading:
       entry->leave_after = true;
-      out.push_back(CancelLoad{model});
+      stop_load(index, out);
       break;
     case State::kResident:
-      start_drain(index, out);
+      send_away(index, Cause{.why = Why::kRemoved}, out);
       break;
     case State::kDraining:
     case State::kUnloading:
@@ -149,6 +158,7 @@ Status Yard::pin(ModelId model, Tick now, Actions& out) {
   if (!entry->pinned) {
     entry->pinned = true;
     entry->leave_after = false;
+    explain(Decision::kPinned, model, Cause{}, 0, entry->held.total());
     if (entry->state == State::kLoading || entry->state == State::kResident) {
       entry->held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] += b; });
     }
@@ -164,6 +174,7 @@ Status Yard::unpin(ModelId model, Tick now, Actions& out) {
   begin(now, out);
   if (entry->pinned) {
     entry->pinned = false;
+    explain(Decision::kUnpinned, model, Cause{}, 0, entry->held.total());
     if (entry->state == State::kLoading || entry->state == State::kResident) {
       entry->held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] -= b; });
     }
@@ -180,11 +191,11 @@ Status Yard::unload(ModelId model, Tick now, Actions& out) {
   if (entry->pinned) return Error{ErrorCode::kPinned, "the model is pinned"};
   begin(now, out);
   if (entry->state == State::kResident) {
-    start_drain(EntryTable::index_of(model), out);
+    send_away(EntryTable::index_of(model), Cause{.why = Why::kAsked}, out);
   } else if (entry->state == State::kLoading && !entry->leave_after) {
     entry->leave_after = true;
     // Whoever waits is served first: a load that is stopped for them would only begin again.
-    if (entry->waiting_count == 0) out.push_back(CancelLoad{model});
+    if (entry->waiting_count == 0) stop_load(EntryTable::index_of(model), out);
   }
   schedule(out);
   finish(out);
@@ -198,7 +209,7 @@ Status Yard::set_budget(DeviceIndex device, Bytes budget, Tick now, Actions& out
   begin(now, out);
   ledger_.set_budget(device, budget);
   budgets_[position(device)] = budget;
-  explain(Decision::kBudgetChanged, ModelId{}, ModelId{}, 0, budget);
+  explain(Decision::kBudgetChanged, ModelId{}, Cause{.device = device}, 0, budget);
   schedule(out);
   finish(out);
   return Done{};
@@ -209,7 +220,11 @@ Status Yard::set_device_closed(DeviceIndex device, bool closed, Tick now, Action
     return Error{ErrorCode::kInvalidArgument, "no such device"};
   }
   begin(now, out);
-  closed_[position(device)] = closed;
+  if (closed_[position(device)] != closed) {
+    closed_[position(device)] = closed;
+    explain(closed ? Decision::kDeviceClosed : Decision::kDeviceOpened, ModelId{},
+            Cause{.device = device}, 0, Bytes{0});
+  }
   drain_closed(out);
   schedule(out);
   finish(out);
@@ -267,7 +282,10 @@ Result<TicketId> Yard::request(ModelId model, Tick now, Tick deadline, Actions& 
     if (entry->state == State::kCold || entry->state == State::kFailed) {
       entry->state = State::kQueued;
     }
-    if (first) join_waiting(index);
+    if (first) {
+      join_waiting(index);
+      explain(Decision::kQueued, model, Cause{}, 0, Bytes{0});
+    }
     if (entry->state == State::kQueued) schedule(out);
   }
   finish(out);
@@ -329,12 +347,12 @@ Status Yard::load_done(ModelId model, Tick now, const Charge& actual, Duration t
   ++counters_.load_count;
   counters_.load_seconds += measured;
   actual.for_each([&](DeviceIndex d, Bytes) { ++device_counters_[position(d)].load_count; });
-  explain(Decision::kLoadDone, model, ModelId{}, measured, actual.total());
+  explain(Decision::kLoadDone, model, Cause{}, measured, actual.total());
 
   grant_waiting(index, out);
   if (entry->removed || entry->leave_after) {
     entry->leave_after = false;
-    start_drain(index, out);
+    send_away(index, Cause{.why = entry->removed ? Why::kRemoved : Why::kAsked}, out);
   }
   drain_closed(out);
   schedule(out);
@@ -350,7 +368,7 @@ Status Yard::load_failed(ModelId model, Tick now, LoadFailure failure, Actions& 
   const EntryIndex index = EntryTable::index_of(model);
   end_load(*entry);
   ledger_.cancel_reservation(entry->held);
-  explain(Decision::kLoadFailed, model, ModelId{}, 0, entry->held.total());
+  explain(Decision::kLoadFailed, model, Cause{}, 0, entry->held.total());
   entry->held = Charge{};
   entry->leave_after = false;
   if (failure == LoadFailure::kCancelled) {
@@ -391,9 +409,9 @@ Status Yard::unload_done(ModelId model, Tick now, const Charge& freed, Actions& 
   const Charge missing = entry->held.saturating_minus(freed);
   entry->quarantined = entry->quarantined.saturating_plus(missing);
   entry->held = Charge{};
-  explain(Decision::kUnloaded, model, ModelId{}, 0, freed.total());
+  explain(Decision::kUnloaded, model, Cause{}, 0, freed.total());
   if (!missing.empty()) {
-    explain(Decision::kQuarantined, model, ModelId{}, 0, missing.total());
+    explain(Decision::kQuarantined, model, Cause{}, 0, missing.total());
   }
   come_to_rest(index);
   schedule(out);

@@ -70,7 +70,8 @@ TEST(Decision, EveryDecisionHasANameOfItsOwn) {
   for (const Decision decision :
        {Decision::kLoadStarted, Decision::kLoadDone, Decision::kLoadFailed, Decision::kEvicted,
         Decision::kDrained, Decision::kUnloaded, Decision::kQuarantined, Decision::kRefused,
-        Decision::kOvershoot, Decision::kBudgetChanged}) {
+        Decision::kOvershoot, Decision::kBudgetChanged, Decision::kPinned, Decision::kUnpinned,
+        Decision::kDeviceClosed, Decision::kDeviceOpened, Decision::kQueued}) {
     EXPECT_FALSE(to_string(decision).empty());
     EXPECT_TRUE(names.insert(to_string(decision)).second) << to_string(decision);
   }

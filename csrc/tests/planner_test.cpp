@@ -22,7 +22,11 @@ class FixedPolicy final : public Policy {
  public:
   explicit FixedPolicy(std::map<EntryIndex, double> scores) : scores_(std::move(scores)) {}
   [[nodiscard]] std::string_view name() const override { return "fixed"; }
+  [[nodiscard]] std::unique_ptr<Policy> clone() const override {
+    return std::make_unique<FixedPolicy>(*this);
+  }
   void on_add(EntryIndex) override {}
+  void on_replace(EntryIndex, EntryIndex) override {}
   void on_request(EntryIndex, RequestClock) override {}
   [[nodiscard]] double score(const Candidate& candidate, RequestClock) const override {
     weights[candidate.entry] = candidate.weight;

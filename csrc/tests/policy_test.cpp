@@ -107,6 +107,33 @@ TEST_P(EveryPolicy, ANewModelIsNotTheOneThatHadItsSlot) {
   EXPECT_EQ(policy_->score(candidate(0), clock_ + 5), other->score(candidate(0), clock_ + 5));
 }
 
+TEST_P(EveryPolicy, AModelThatReplacesAnotherStartsWithItsHistory) {
+  policy_->on_add(0);
+  policy_->on_add(1);
+  for (int i = 0; i < 6; ++i) request(0);
+  request(1);
+  policy_->on_add(2);
+  policy_->on_replace(2, 0);
+  EXPECT_EQ(policy_->score(candidate(2), clock_ + 3), policy_->score(candidate(0), clock_ + 3));
+  const double before = policy_->score(candidate(0), clock_ + 3);
+  request(2);
+  EXPECT_EQ(policy_->score(candidate(0), clock_ + 2), before)
+      << "what is replaced stays as it is, but for its age";
+}
+
+TEST_P(EveryPolicy, ACloneKnowsTheSameAndGoesItsOwnWay) {
+  policy_->on_add(0);
+  policy_->on_add(1);
+  for (int i = 0; i < 4; ++i) request(i % 2 == 0 ? 0U : 1U);
+  const std::unique_ptr<Policy> other = policy_->clone();
+  EXPECT_EQ(other->name(), policy_->name());
+  const double before = policy_->score(candidate(0), clock_ + 5);
+  EXPECT_EQ(other->score(candidate(0), clock_ + 5), before);
+  other->on_request(0, clock_ + 4);
+  EXPECT_EQ(policy_->score(candidate(0), clock_ + 5), before);
+  EXPECT_NE(other->score(candidate(0), clock_ + 5), before);
+}
+
 TEST_P(EveryPolicy, SlotsNeedNotBeAddedInOrder) {
   policy_->on_add(1000);
   policy_->on_add(3);

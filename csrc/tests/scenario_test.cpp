@@ -415,7 +415,12 @@ class Stage {
       explained_ = each.sequence;
       printed_ << '[' << test::show(each.at) << "] " << to_string(each.decision);
       if (each.model != ModelId{}) printed_ << ' ' << name(each.model);
-      if (each.cause != ModelId{}) printed_ << " for " << name(each.cause);
+      if (each.cause != ModelId{}) {
+        printed_ << " for " << name(each.cause);
+      } else if (each.why != Why::kNone) {
+        printed_ << ", " << to_string(each.why);
+      }
+      if (each.device != kNoDevice) printed_ << " of device " << position(each.device);
       if (each.bytes > Bytes{0}) printed_ << ", bytes " << each.bytes.value;
       if (each.waited > Duration::zero()) printed_ << ", waited " << test::show(each.waited);
       printed_ << '\n';

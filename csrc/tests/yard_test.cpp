@@ -2385,6 +2385,94 @@ TEST(Yard, TheExplainLogIsBounded) {
   EXPECT_GT(log.front().sequence, 40U);
 }
 
+TEST(Yard, ExplainsWhyAModelWasSentAway) {
+  Harness h(options({100, 100}));
+  const ModelId asked = h.add("asked", 20);
+  const ModelId removed = h.add("removed", 20);
+  const ModelId large = h.add("large", 50);
+  const ModelId closed = h.add("closed", charge({{1, 30}}));
+  for (const ModelId model : {asked, removed, large, closed}) h.warm(model);
+  EXPECT_FALSE(h.unload(asked));
+  EXPECT_EQ(h.explained(Decision::kEvicted).back().why, Why::kAsked);
+  EXPECT_FALSE(h.remove(removed));
+  EXPECT_EQ(h.explained(Decision::kEvicted).back().why, Why::kRemoved);
+  EXPECT_FALSE(h.set_closed(1, true));
+  EXPECT_EQ(h.explained(Decision::kEvicted).back().why, Why::kDeviceClosed);
+  EXPECT_EQ(h.explained(Decision::kEvicted).back().device, device(1));
+  EXPECT_EQ(h.explained(Decision::kDeviceClosed).size(), 1U);
+  EXPECT_FALSE(h.set_closed(1, true));
+  EXPECT_EQ(h.explained(Decision::kDeviceClosed).size(), 1U) << "it was closed already";
+  h.finish_io();
+  EXPECT_FALSE(h.set_budget(0, 40));
+  EXPECT_EQ(h.explained(Decision::kEvicted).back().why, Why::kBudget);
+  EXPECT_EQ(h.explained(Decision::kEvicted).back().device, device(0));
+  EXPECT_EQ(h.explained(Decision::kEvicted).back().model, large);
+}
+
+TEST(Yard, ExplainsPinsAndTheBeginningOfAWait) {
+  Harness h(options({100}));
+  const ModelId a = h.add("a", 60);
+  EXPECT_FALSE(h.pin(a));
+  EXPECT_FALSE(h.pin(a));
+  EXPECT_EQ(h.explained(Decision::kPinned).size(), 1U);
+  EXPECT_FALSE(h.unpin(a));
+  EXPECT_EQ(h.explained(Decision::kUnpinned).size(), 1U);
+  h.request(a);
+  h.request(a);
+  EXPECT_EQ(h.explained(Decision::kQueued).size(), 1U) << "one wait, whoever joins it";
+}
+
+// --- Taking another's place, and looking ahead ---------------------------------------------------
+
+TEST(Yard, AModelThatReplacesAnotherInheritsItsHistory) {
+  YardOptions wanted = options({100});
+  Result<Yard> made = Yard::create(wanted);
+  Yard& yard = made.value();
+  Actions out;
+  ModelSpec spec;
+  spec.placements = {charge({{0, 60}})};
+  const ModelId before = yard.add_model(spec).value();
+  EXPECT_TRUE(yard.request(before, Tick{}, kNever, out));
+  EXPECT_TRUE(yard.load_done(before, Tick{}, charge({{0, 60}}), seconds{7}, out));
+  spec.replaces = before;
+  const ModelId after = yard.add_model(spec).value();
+  EXPECT_DOUBLE_EQ(yard.entry(after)->reload_seconds, 7);
+  EXPECT_EQ(yard.entry(after)->state, State::kCold);
+  EXPECT_EQ(yard.entry(before)->state, State::kResident) << "the old one is the caller's to remove";
+  EXPECT_TRUE(yard.remove_model(before, Tick{}, out));
+  EXPECT_EQ(yard.add_model(spec).error().code, ErrorCode::kStaleId);
+}
+
+TEST(Yard, ACloneGoesItsOwnWay) {
+  Result<Yard> made = Yard::create(options({100}));
+  Yard& yard = made.value();
+  Actions out;
+  ModelSpec spec;
+  spec.placements = {charge({{0, 60}})};
+  const ModelId a = yard.add_model(spec).value();
+  const ModelId b = yard.add_model(spec).value();
+  EXPECT_TRUE(yard.request(a, Tick{}, kNever, out));
+  EXPECT_TRUE(yard.load_done(a, Tick{}, charge({{0, 60}}), seconds{1}, out));
+  const LeaseId lease = std::get<Grant>(out.back()).lease;
+  EXPECT_EQ(yard.leases_of(a), std::vector<LeaseId>{lease});
+  EXPECT_TRUE(yard.leases_of(b).empty());
+
+  Yard other = yard.clone();
+  Actions theirs;
+  EXPECT_TRUE(other.release(lease, Tick{}, theirs));
+  EXPECT_TRUE(other.request(b, Tick{}, kNever, theirs));
+  EXPECT_EQ(other.entry(a)->state, State::kUnloading);
+  EXPECT_TRUE(other.unload_done(a, Tick{}, charge({{0, 60}}), theirs));
+  EXPECT_EQ(other.entry(b)->state, State::kLoading);
+  EXPECT_TRUE(other.audit());
+
+  EXPECT_EQ(yard.entry(a)->state, State::kResident);
+  EXPECT_EQ(yard.entry(b)->state, State::kCold);
+  EXPECT_EQ(yard.lease_count(), 1U);
+  EXPECT_EQ(yard.explanations().entries().size(), 3U);
+  EXPECT_TRUE(yard.audit());
+}
+
 // --- Sizes --------------------------------------------------------------------------------------
 
 TEST(Yard, HugeBudgetsAndChargesDoNotOverflow) {

@@ -405,7 +405,11 @@ class YardMachine(RuleBasedStateMachine):
             return
         new = [e for e in self.yard.explanations() if e["sequence"] > self.explained]
         self.explained = new[-1]["sequence"]
-        causes = [e["cause"] for e in new if e["decision"] in ("EVICTED", "DRAINED")]
+        causes = [
+            e["cause"]
+            for e in new
+            if e["decision"] in ("EVICTED", "DRAINED") and e["why"] in ("MODEL", "BUDGET")
+        ]
         assert len(causes) == len(self.naive.victims)
         if len(set(causes)) == 1:
             self.minimal_checks += self.naive.check_minimal(causes[0])

@@ -74,6 +74,7 @@ class NaiveModel:
     pinned: bool = False
     removed: bool = False
     leave_after: bool = False
+    stopping: bool = False
     leases: set[int] = field(default_factory=set)
     waiting: list[int] = field(default_factory=list)
     failure_count: int = 0
@@ -305,7 +306,7 @@ class NaiveYard:
         entry = self.models[model]
         leaves_later = entry.state == State.LOADING and not entry.leave_after
         # Whoever waits is served first.
-        cancels = leaves_later and not entry.waiting
+        cancels = leaves_later and not entry.waiting and not entry.stopping
         if leaves_later:
             entry.leave_after = True
         self._finish(actions)
@@ -396,6 +397,7 @@ class NaiveYard:
         entry.reload_s = 0.7 * entry.reload_s + 0.3 * took_s if entry.load_count else took_s
         self._learn(entry, actual)
         entry.held = plus(actual, {})
+        entry.stopping = False
         entry.state = State.RESIDENT
         entry.failure_count = 0
         entry.load_count += 1
@@ -412,7 +414,7 @@ class NaiveYard:
         self._begin(now)
         entry = self.models[model]
         entry.held = {}
-        entry.leave_after = False
+        entry.leave_after = entry.stopping = False
         if failure == LoadFailure.CANCELLED:
             self._rest(model)
         else:
@@ -484,8 +486,11 @@ class NaiveYard:
                 case _core.Load():
                     self._on_load(action)
                 case _core.CancelLoad():
-                    state = self.models[action.model].state
+                    entry = self.models[action.model]
+                    state = entry.state
                     _agree(state == State.LOADING, f"CancelLoad of a model that is {state}")
+                    _agree(not entry.stopping, "a load was asked to stop twice")
+                    entry.stopping = True
                 case _core.Drain():
                     self._on_leave(action.model, drains=True)
                 case _core.Unload():

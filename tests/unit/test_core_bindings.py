@@ -348,8 +348,8 @@ def test_entries_and_accounts_are_copies() -> None:
     later = yard.entry(model)
     assert later is not None
     assert (later.held, later.placements, later.quarantined) == ({0: 10}, [{0: 10}], {})
-    yard.explanations()[0]["bytes"] = 77
-    assert yard.explanations()[0]["bytes"] == 10
+    yard.explanations()[1]["bytes"] = 77
+    assert yard.explanations()[1]["bytes"] == 10
     yard.remove_model(model, 5)
     assert entry.label == "m"
 
@@ -435,8 +435,30 @@ def test_explanations_are_bounded_and_numbered() -> None:
         yard.unload_done(model, now, {0: 10})
     records = yard.explanations()
     assert len(records) == 3
-    assert [r["sequence"] for r in records] == [10, 11, 12]
-    assert [r["decision"] for r in records] == ["LOAD_STARTED", "LOAD_DONE", "UNLOADED"]
+    assert [r["sequence"] for r in records] == [18, 19, 20]
+    assert [r["decision"] for r in records] == ["LOAD_DONE", "EVICTED", "UNLOADED"]
+    assert records[1]["why"] == "OPERATOR"
+    assert yard.last_explained == 20
+    assert yard.explanations_after(18) == records[1:]
+    assert yard.explanations_after(20) == []
+
+
+def test_a_clone_goes_its_own_way() -> None:
+    yard = make_yard()
+    model = yard.add_model("m", [{0: 10}], 1.0)
+    lease = bring_in(yard, model)
+    other = yard.clone()
+    assert other.leases_of(model) == [lease]
+    other.remove_model(model, 1)
+    other.set_device_closed(0, True, 1)
+    assert other.device_closed(0)
+    assert not yard.device_closed(0)
+    entry = yard.entry(model)
+    assert entry is not None
+    assert entry.state is State.RESIDENT
+    heir = yard.add_model("n", [{0: 10}], 1.0, replaces=model)
+    assert yard.entry(heir) is not None
+    assert other.entry(heir) is None
 
 
 # --- The stub -------------------------------------------------------------------------------------

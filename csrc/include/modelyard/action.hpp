@@ -28,7 +28,7 @@ struct Load {
 };
 
 /// Stop the load if that is possible; answer with load_failed(kCancelled), or load_done if it came
-/// too late.
+/// too late. Sent once a load at most.
 struct CancelLoad {
   ModelId model;
 };

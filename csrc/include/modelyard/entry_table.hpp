@@ -60,6 +60,7 @@ struct Entry {
   bool pinned{false};
   bool removed{false};      ///< Takes no requests; the slot is freed when nothing is held any more.
   bool leave_after{false};  ///< Asked to leave while LOADING: goes as soon as the load has ended.
+  bool stop_sent{false};    ///< CancelLoad was sent for the load that runs.
   std::uint32_t lease_count{0};  ///< Requests that use it.
   double reload_seconds{0};      ///< Expected, from measured loads; at first what the caller said.
   Charge held;  ///< Reserved while LOADING; really held while RESIDENT, DRAINING or UNLOADING.

@@ -13,14 +13,31 @@ enum class Decision : std::uint8_t {
   kLoadStarted,
   kLoadDone,
   kLoadFailed,
-  kEvicted,      ///< Made to leave for another model, or for a budget.
-  kDrained,      ///< Told to take no more requests, for another model or for a budget.
+  kEvicted,      ///< An idle model was made to leave; see `why`.
+  kDrained,      ///< A model in use was told to take no more requests; see `why`.
   kUnloaded,     ///< Its memory is back.
   kQuarantined,  ///< Some of its memory is not.
   kRefused,
   kOvershoot,  ///< Turned out larger than what was reserved.
   kBudgetChanged,
+  kPinned,
+  kUnpinned,
+  kDeviceClosed,
+  kDeviceOpened,
+  kQueued,  ///< The first request began to wait for it.
 };
+
+/// Why a model was made to leave.
+enum class Why : std::uint8_t {
+  kNone,
+  kModel,         ///< For another model; see `cause`.
+  kBudget,        ///< `device` holds more than its budget.
+  kDeviceClosed,  ///< `device` was closed.
+  kAsked,         ///< Somebody asked for it by hand.
+  kRemoved,
+};
+
+[[nodiscard]] std::string_view to_string(Why why);
 
 [[nodiscard]] std::string_view to_string(Decision decision);
 
@@ -29,11 +46,13 @@ struct Explanation {
   std::uint64_t sequence{0};
   Tick at{};
   Decision decision{Decision::kLoadStarted};
-  ModelId model{};    ///< Whom it was about.
-  ModelId cause{};    ///< For whom it was done.
-  double score{0};    ///< By which score the model was chosen.
-  Bytes bytes{};      ///< How much memory it was about, over all devices.
-  Duration waited{};  ///< How long the oldest request had waited for it.
+  ModelId model{};  ///< Whom it was about.
+  Why why{Why::kNone};
+  ModelId cause{};                ///< For whom it was done.
+  DeviceIndex device{kNoDevice};  ///< Which device it was about or done for.
+  double score{0};                ///< By which score the model was chosen.
+  Bytes bytes{};                  ///< How much memory it was about, over all devices.
+  Duration waited{};              ///< How long the oldest request had waited for it.
 };
 
 /// The last decisions, oldest first. Bounded: the oldest is dropped for a new one. Not thread-safe.

@@ -20,6 +20,7 @@ struct Candidate {
 ///
 /// The contract, checked by csrc/tests/policy_test.cpp for every policy:
 /// - on_add comes before anything else about an entry and forgets what the slot was before.
+/// - on_replace comes right after the on_add of its entry, if at all; `before` stays as it is.
 /// - on_request comes once for every request of a model, resident or not, with a clock that grows
 ///   by one each time.
 /// - score is a pure function of what was reported: finite, the same when asked again, and of no
@@ -34,14 +35,20 @@ struct Candidate {
 class Policy {
  public:
   Policy() = default;
-  Policy(const Policy&) = delete;
   Policy& operator=(const Policy&) = delete;
   virtual ~Policy() = default;
 
   [[nodiscard]] virtual std::string_view name() const = 0;
+  /// A policy that knows the same and goes its own way from here.
+  [[nodiscard]] virtual std::unique_ptr<Policy> clone() const = 0;
   virtual void on_add(EntryIndex entry) = 0;
+  /// `entry` was added to take the place of `before`: it starts with that one's history.
+  virtual void on_replace(EntryIndex entry, EntryIndex before) = 0;
   virtual void on_request(EntryIndex entry, RequestClock now) = 0;
   [[nodiscard]] virtual double score(const Candidate& candidate, RequestClock now) const = 0;
+
+ protected:
+  Policy(const Policy&) = default;  // For clone alone: a copy of the base would be half a policy.
 };
 
 /// The policies there are, the default first: "gap", "lru".

@@ -67,6 +67,9 @@ struct Bytes {
 /// Position of a device in the yard's list of budgets.
 enum class DeviceIndex : std::uint32_t {};
 
+/// Where no device is meant.
+inline constexpr DeviceIndex kNoDevice{0xffffffffU};
+
 [[nodiscard]] constexpr std::size_t position(DeviceIndex device) {
   return static_cast<std::size_t>(device);
 }

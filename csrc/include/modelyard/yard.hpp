@@ -40,6 +40,10 @@ struct ModelSpec {
   std::vector<Charge> placements;  ///< 1 to 16 alternatives, the preferred one first. Upper bounds
                                    ///< of what a load takes.
   double reload_seconds{1};        ///< Until a load has been measured. Above zero, finite.
+  std::optional<ModelId>
+      replaces{};  ///< A model whose place it takes: it inherits how often that
+                   ///< one was wanted and how long it took to load. Both stay
+                   ///< models of their own; removing the old one is the caller's.
 };
 
 /// Counters since the yard was made.
@@ -107,14 +111,13 @@ class Yard {
 
   Yard(Yard&&) = default;
   Yard& operator=(Yard&&) = default;
-  Yard(const Yard&) = delete;
   Yard& operator=(const Yard&) = delete;
   ~Yard() = default;
 
   // --- Models and devices
 
   /// Adds a model, cold. A model larger than every budget may be added; its requests are refused
-  /// with kNeverFits.
+  /// with kNeverFits. kStaleId if it replaces a model that is not known.
   Result<ModelId> add_model(ModelSpec spec);
   /// Replaces what a model's next loads may take. What it holds now stays as it is.
   Status update_placements(ModelId model, std::vector<Charge> placements, Tick now, Actions& out);
@@ -164,6 +167,11 @@ class Yard {
 
   // --- Looking
 
+  /// A yard in the same state that goes its own way from here: for finding out what would happen.
+  /// Its ids are the same; what it answers concerns nobody else.
+  [[nodiscard]] Yard clone() const { return Yard(*this); }
+  /// The leases on a model, in no order. O(leases).
+  [[nodiscard]] std::vector<LeaseId> leases_of(ModelId model) const;
   /// The entry of a model, or null if the id is stale. Valid until the next call that changes the
   /// yard.
   [[nodiscard]] const Entry* entry(ModelId model) const { return entries_.find(model); }
@@ -189,6 +197,29 @@ class Yard {
   [[nodiscard]] Status audit() const;
 
  private:
+  Yard(const Yard&) = default;  // See clone.
+
+  // Copies with its owner.
+  struct OwnedPolicy {
+    explicit OwnedPolicy(std::unique_ptr<Policy> owned) : policy(std::move(owned)) {}
+    OwnedPolicy(const OwnedPolicy& other) : policy(other.policy->clone()) {}
+    OwnedPolicy(OwnedPolicy&&) = default;
+    OwnedPolicy& operator=(const OwnedPolicy&) = delete;
+    OwnedPolicy& operator=(OwnedPolicy&&) = default;
+    ~OwnedPolicy() = default;
+    Policy* operator->() const { return policy.get(); }
+    Policy& operator*() const { return *policy; }
+
+    std::unique_ptr<Policy> policy;
+  };
+
+  // For whom or what something is done.
+  struct Cause {
+    Why why{Why::kNone};
+    ModelId model{};
+    DeviceIndex device{kNoDevice};
+  };
+
   // What one scheduling pass has left for the models it has not looked at yet.
   struct Pass;
   // Where room can be made, and by whom.
@@ -230,8 +261,10 @@ class Yard {
 
   // Transitions.
   void start_load(EntryIndex index, std::uint32_t placement, Actions& out);
+  void stop_load(EntryIndex index, Actions& out);
   void end_load(Entry& entry);
   void start_drain(EntryIndex index, Actions& out);
+  void send_away(EntryIndex index, const Cause& cause, Actions& out);
   void start_unload(EntryIndex index, Actions& out);
   void come_to_rest(EntryIndex index);
   void drain_closed(Actions& out);
@@ -240,7 +273,10 @@ class Yard {
   // Scheduling.
   [[nodiscard]] Tick overdue_at(const Entry& entry) const;
   [[nodiscard]] std::optional<Refuse> impossible(const Entry& entry) const;
-  [[nodiscard]] bool is_closed(const Charge& placement) const;
+  [[nodiscard]] bool is_closed(const Charge& placement) const {
+    return closed_device(placement) != kNoDevice;
+  }
+  [[nodiscard]] DeviceIndex closed_device(const Charge& placement) const;
   [[nodiscard]] std::vector<Resident> residents(bool with_leased) const;
   void fill_holders(Refuse& refusal) const;
   [[nodiscard]] Pass make_pass() const;
@@ -249,12 +285,12 @@ class Yard {
   void schedule(Actions& out);
   void repay_deficits(Actions& out);
   void schedule_model(EntryIndex index, Pass& pass, Actions& out);
-  void evict(const Plan& plan, ModelId cause, Actions& out);
+  void evict(const Plan& plan, const Cause& cause, Actions& out);
   void wake(Actions& out);
-  void explain(Decision decision, ModelId model, ModelId cause, double score, Bytes bytes);
+  void explain(Decision decision, ModelId model, const Cause& cause, double score, Bytes bytes);
 
   YardOptions options_;
-  std::unique_ptr<Policy> policy_;
+  OwnedPolicy policy_;
   Ledger ledger_;
   EntryTable entries_;
   TicketTable tickets_;

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "modelyard/policy.hpp"
@@ -27,7 +28,14 @@ namespace modelyard {
 class Gap final : public Policy {
  public:
   [[nodiscard]] std::string_view name() const override { return "gap"; }
+  [[nodiscard]] std::unique_ptr<Policy> clone() const override {
+    return std::make_unique<Gap>(*this);
+  }
   void on_add(EntryIndex entry) override;
+  void on_replace(EntryIndex entry, EntryIndex before) override {
+    rings_[entry] = rings_[before];
+    recent_[entry] = recent_[before];
+  }
   void on_request(EntryIndex entry, RequestClock now) override;
   [[nodiscard]] double score(const Candidate& candidate, RequestClock now) const override;
 
