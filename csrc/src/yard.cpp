@@ -276,7 +276,9 @@ Result<TicketId> Yard::request(ModelId model, Tick now, Tick deadline, Actions& 
     refusal.failure = entry->failure;
     refusal.retry_after = entry->retry_at - now_;
     refuse(ticket, refusal, out);
-  } else if (std::optional<Refuse> never = impossible(*entry)) {
+  } else if (std::optional<Refuse> never;
+             // What loads has its bytes, and if it is pinned they must not stand in its own way.
+             entry->state != State::kLoading && (never = impossible(*entry))) {
     refuse(ticket, *never, out);
   } else {
     if (entry->state == State::kCold || entry->state == State::kFailed) {

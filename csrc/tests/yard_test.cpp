@@ -2422,6 +2422,23 @@ TEST(Yard, ExplainsPinsAndTheBeginningOfAWait) {
   EXPECT_EQ(h.explained(Decision::kQueued).size(), 1U) << "one wait, whoever joins it";
 }
 
+TEST(Yard, APinnedModelThatLoadsDoesNotStandInItsOwnWay) {
+  Harness h(options({150}));
+  const ModelId a = h.add("a", 100);
+  const TicketId first = h.request(a);
+  EXPECT_FALSE(h.pin(a));
+  const TicketId second = h.request(a);
+  EXPECT_TRUE(h.waiting(second)) << "it waits for the load that runs";
+  EXPECT_FALSE(h.load_done(a));
+  EXPECT_TRUE(h.granted(first));
+  EXPECT_TRUE(h.granted(second));
+  const ModelId b = h.add("b", 100);
+  EXPECT_EQ(h.refusal(h.request(b)).reason, RefuseReason::kBudgetExhausted)
+      << "it does stand in the way of others";
+  EXPECT_FALSE(h.release(first));
+  EXPECT_FALSE(h.release(second));
+}
+
 // --- Taking another's place, and looking ahead ---------------------------------------------------
 
 TEST(Yard, AModelThatReplacesAnotherInheritsItsHistory) {

@@ -357,7 +357,7 @@ class NaiveYard:
             self._refuse(ticket, RefuseReason.QUEUE_FULL)
         elif entry.state == State.FAILED and self.now < entry.retry_at:
             self._refuse(ticket, RefuseReason.LOAD_FAILED)
-        elif (why := self.impossible(entry)) is not None:
+        elif entry.state != State.LOADING and (why := self.impossible(entry)) is not None:
             self._refuse(ticket, why)
         elif entry.state in (State.COLD, State.FAILED):
             entry.state = State.QUEUED
