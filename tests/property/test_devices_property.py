@@ -135,6 +135,7 @@ def test_a_single_device_survives_hugging_face_and_torch_text(device: Device) ->
     component = ComponentDevice.from_single(device)
     assert component.to_hf() == component.to_torch_str()
     assert ComponentDevice.from_str(component.to_torch_str()) == component
+    assert ComponentDevice.from_torch(component.to_torch()) == component
 
 
 @given(near_devices, near_devices)

@@ -109,7 +109,7 @@ class TestDevice:
         assert len(str(caught.value)) < 200
 
     def test_minus_zero_is_not_called_negative(self) -> None:
-        with pytest.raises(ValueError, match="Device id must be an integer, got '-0': write ASCII"):
+        with pytest.raises(ValueError, match="Device id must be an integer, got -0: write ASCII"):
             Device.from_str("cuda:-0")
 
     @pytest.mark.parametrize("wrong", [None, 0, True, b"cpu", DeviceType.CPU])
@@ -137,6 +137,32 @@ class TestDevice:
             Device.from_str(f"cuda:{number}")
         with pytest.raises(ValueError, match=text):
             dataclasses.replace(Device.gpu(), id=number)
+
+    @pytest.mark.parametrize("text", ["cpu", "cuda", "cuda:127", "mps:0", "xpu:3"])
+    def test_a_torch_device_is_read(self, text: str) -> None:
+        assert Device.from_torch(torch.device(text)) == Device.from_str(text)
+        assert ComponentDevice.from_torch(torch.device(text)).to_torch() == torch.device(text)
+
+    @pytest.mark.parametrize("device", [torch.device("meta"), torch.device("cuda:128")], ids=str)
+    def test_a_torch_device_that_is_none_of_ours_is_a_value_error(
+        self, device: torch.device
+    ) -> None:
+        for read in (Device.from_torch, ComponentDevice.from_torch):
+            with pytest.raises(
+                ValueError, match=r"Unknown device type string 'meta'|>= 0, got -128"
+            ):
+                read(device)
+
+    @pytest.mark.parametrize("wrong", ["cpu", None, 0, Device.cpu(), WRONG])
+    def test_from_torch_of_another_type_is_a_type_error(self, wrong: Any) -> None:
+        for read in (Device.from_torch, ComponentDevice.from_torch):
+            with pytest.raises(TypeError, match=r"must be given as a torch\.device"):
+                read(wrong)
+
+    def test_from_torch_needs_no_torch_to_refuse(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "torch", None)
+        with pytest.raises(TypeError, match=r"must be given as a torch\.device"):
+            Device.from_torch(WRONG)
 
     def test_is_frozen(self) -> None:
         device = Device.gpu()
@@ -191,6 +217,7 @@ class TestDeviceMap:
             MIXED["lm"]
 
     def test_an_empty_map_is_falsy_and_has_no_first_device(self) -> None:
+        assert DeviceMap() == DeviceMap({})
         assert not DeviceMap({})
         assert DeviceMap({}).first_device is None
         assert MIXED
@@ -286,7 +313,7 @@ class TestDeviceMap:
 
     @pytest.mark.parametrize("value", [True, 0.1, None, b"cpu", Device.cpu(), [0]], ids=str)
     def test_from_hf_refuses_other_types(self, value: Any) -> None:
-        with pytest.raises(TypeError, match=r"unexpected device .* for key 'head'"):
+        with pytest.raises(TypeError, match=r"unexpected device .* for 'head'"):
             DeviceMap.from_hf({"head": value})
 
     def test_from_hf_needs_no_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, assert_never, cast
@@ -171,6 +171,22 @@ class Device:
         device_type = DeviceType.from_str(type_text)
         return Device(device_type, _parse_id(id_text) if separator else None)
 
+    @staticmethod
+    def from_torch(device: torch.device) -> Device:
+        """Return what a ``torch.device`` names.
+
+        Args:
+            device: of a type that this module knows. Its index, None included, becomes the id.
+
+        Raises:
+            TypeError: no ``torch.device``.
+            ValueError: a type such as ``meta``, or an index that torch wrapped to under 0.
+        """
+        if not _is_torch_device(device):
+            raise TypeError(f"Device must be given as a torch.device, got {_quoted(device)}")
+        # index is annotated as int, but is None for torch.device("cuda").
+        return Device(DeviceType.from_str(device.type), device.index)
+
     def canonical(self) -> Device:
         """Return the device as placement names it: accelerators without an id get id 0.
 
@@ -196,13 +212,13 @@ class DeviceMap:
     map is valid and falsy. Whether the keys fit a model is checked when that model is registered.
 
     Args:
-        mapping: a device for each key.
+        mapping: a device for each key; none by default.
 
     Raises:
         TypeError: no mapping, a key that is no str, or a value that is no ``Device``.
     """
 
-    mapping: Mapping[str, Device]
+    mapping: Mapping[str, Device] = field(default_factory=dict)
     """Read-only view of the entries."""
 
     def __post_init__(self) -> None:
@@ -382,6 +398,16 @@ class ComponentDevice:
             ValueError: it names no device, or the disk.
         """
         return ComponentDevice(single=Device.from_str(device_str))
+
+    @staticmethod
+    def from_torch(device: torch.device) -> ComponentDevice:
+        """Return the union that holds what a ``torch.device`` names.
+
+        Raises:
+            TypeError: no ``torch.device``.
+            ValueError: as ``Device.from_torch``.
+        """
+        return ComponentDevice(single=Device.from_torch(device))
 
     @property
     def has_multiple_devices(self) -> bool:
@@ -599,8 +625,8 @@ def resolve_device(
         case _:
             # Callers without a type checker get here.
             raise ValueError(
-                f"Invalid component device type {type(value).__name__!r}. Must be None, a "
-                "ComponentDevice, a Device, a DeviceMap or a device string such as 'cuda:0'"
+                f"Invalid component device type {type(value).__name__!r}. Must either be None "
+                "or ComponentDevice, or a Device, a DeviceMap or a device string such as 'cuda:0'"
             )
 
 
@@ -652,8 +678,10 @@ def _parse_id(text: str) -> int:
         return int(significant)
     if re.fullmatch("-0*[1-9][0-9]*", text):
         raise ValueError(f"Device id must be >= 0, got {_shortened(text)}")
+    # Quotes only where they show something, such as a space: Haystack writes none.
+    shown = _shortened(text) if re.fullmatch("[!-~]+", text) else _quoted(text)
     raise ValueError(
-        f"Device id must be an integer, got {_quoted(text)}: "
+        f"Device id must be an integer, got {shown}: "
         f"write ASCII digits only, 0 to {MAX_DEVICE_ID}, for example 'cuda:0'"
     )
 
@@ -675,19 +703,18 @@ def _from_hf_entry(key: str, value: object) -> Device:
         return _named(key, Device.gpu, value)
     if isinstance(value, str):
         return _named(key, Device.from_str, value)
-    # A torch.device can only come from a torch that is imported already.
-    torch_device = getattr(sys.modules.get("torch"), "device", None)
-    if torch_device is not None and isinstance(value, torch_device):
-        return _named(key, _from_torch, cast("torch.device", value))
+    if _is_torch_device(value):
+        return _named(key, Device.from_torch, value)
     raise TypeError(
         f"Couldn't convert HuggingFace device map - unexpected device {_shortened(str(value))!r} "
-        f"for key {_quoted(key)}: use a GPU number, a device string or a torch.device"
+        f"for {_quoted(key)}: use a GPU number, a device string or a torch.device"
     )
 
 
-def _from_torch(device: torch.device) -> Device:
-    # index is annotated as int, but is None for torch.device("cuda").
-    return Device(DeviceType.from_str(device.type), device.index)
+def _is_torch_device(value: object) -> bool:
+    # A torch.device can only come from a torch that is imported already.
+    torch_device = getattr(sys.modules.get("torch"), "device", None)
+    return torch_device is not None and isinstance(value, torch_device)
 
 
 def _named(key: str, read: Callable[[Any], Device], value: object) -> Device:
