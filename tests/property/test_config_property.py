@@ -26,13 +26,20 @@ VALUES = (
     *("2020-01-01", "07:32:00", "0xffffffffffffffffffffffff", '"cpu"', '"cuda:1"', '"disk"'),
     *('"..", "a"', '"a\\u0000"', '"\\u001b[31m"', '"1e9GiB"', '"999%"', '"/etc"', '"[::"', '":0"'),
     *('{ type = "single" }', '{ type = "multiple", device_map = { "" = 1 } }', '{ a.b = "cpu" }'),
+    *(
+        '"balanced"',
+        '{ strategy = "balanced", devices = ["cpu", 1] }',
+        '"4GiB/s"',
+        '"x/s"',
+        '"a.db"',
+    ),
     *('"""\nx = 1\n"""', "'''\n[a]\n'''", '"unclosed', "[1,\n2]", "9" * 5000, "[" * 3000),
 )
 KEYS = ("id", "device", "keys", '""', '"a b"', "a.b", "'['", '"\\n"', "options", "é", "x" * 300)
 LINES = (
     *("[server]", "[[devices]]", "[devices]", "[models]", "[[models]]", "[models.sentiment]"),
     *("[models.a.device]", '[models."../a"]', "[roots]", "[runtimes.x]", "[a.b.c]", "[", "]]"),
-    *("# comment", "", '"""', "=", "a = 1", "\x00", "\r", "\t\t"),
+    *("[catalog]", "# comment", "", '"""', "=", "a = 1", "\x00", "\r", "\t\t"),
 )
 
 edits = st.lists(
@@ -82,7 +89,10 @@ def test_any_text_parses_or_raises_config_error(text: str) -> None:
     check_outcome(text)
 
 
-@given(st.sampled_from(VALUES), st.sampled_from(["server", "yard", "devices", "models.a", "roots"]))
+@given(
+    st.sampled_from(VALUES),
+    st.sampled_from(["server", "yard", "catalog", "devices", "models.a", "roots"]),
+)
 def test_odd_values_in_odd_places_raise_config_error(value: str, place: str) -> None:
     check_outcome(f"{place} = {value}\n")
 
@@ -129,7 +139,7 @@ statements = st.one_of(
     st.tuples(dotted, written_values).map(" = ".join),
     dotted.map(lambda name: f"[{name}]"),
     dotted.map(lambda name: f"[[{name}]]"),
-    st.sampled_from(["", "# comment", "  "]),
+    st.sampled_from(["", "[catalog]", "# comment", "  "]),
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support.faulty_models import FACTORIES
 from tests.support.tiny_models import MLP_FACTORY
 
-__all__ = ["ALLOWED", "CPU", "ROOTS", "device_table", "model_table", "toml"]
+__all__ = ["ALLOWED", "CPU", "DISK", "ROOTS", "device_table", "model_table", "toml"]
 
 
 def toml(value: object) -> str:
@@ -16,7 +16,8 @@ def toml(value: object) -> str:
         case bool():
             return str(value).lower()
         case dict():
-            return "{" + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + "}"
+            # In quotes, because a part of a model has dots in its name, and the rest has none.
+            return "{" + ", ".join(f'"{key}" = {toml(item)}' for key, item in value.items()) + "}"
         case list() | tuple():
             return "[" + ", ".join(toml(item) for item in value) + "]"
         case str() | Path():
@@ -43,6 +44,8 @@ def _table(head: str, settings: dict[str, object]) -> str:
 
 
 CPU = device_table("cpu", "64MB")
+DISK = device_table("disk", "64MB")
+"""Needs ROOTS."""
 ROOTS = _table("[roots]", {"store": "store"})
 ALLOWED = _table("[runtimes.torch]", {"allowed_factories": [MLP_FACTORY, *FACTORIES]})
 """Every factory of tests.support."""

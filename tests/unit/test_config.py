@@ -20,9 +20,11 @@ import typer.main
 from typer.testing import CliRunner
 
 from modelyard.devices import ComponentDevice, Device, DeviceMap
+from modelyard.placements import AutomaticPlacement, Placement, PlacementStrategy
 from modelyard_server.cli_config import register
 from modelyard_server.config import (
     Budget,
+    CatalogConfig,
     Config,
     ConfigError,
     DeviceConfig,
@@ -171,6 +173,7 @@ class TestGoodFiles:
         config = parse_config(CPU, base=base)
         assert config.server == ServerConfig()
         assert config.yard == YardConfig()
+        assert config.catalog == CatalogConfig(path=None)
         assert config.devices[0] == DeviceConfig(
             device=Device.cpu(), budget=Budget(size_bytes=10**9), logical=False, threads=1
         )
@@ -193,7 +196,21 @@ class TestGoodFiles:
                 'device = { "a.b" = "cuda:0", "" = "cpu" }',
                 ComponentDevice.from_multiple(DeviceMap({"a.b": Device.gpu(0), "": Device.cpu()})),
             ),
-            # A part of a model that happens to be called like a field of Haystack's table.
+            ('device = "auto"', AutomaticPlacement()),
+            ('device = "balanced"', AutomaticPlacement(strategy=PlacementStrategy.BALANCED)),
+            (
+                'device = { strategy = "sequential", devices = ["cuda", "cpu:0"] }',
+                AutomaticPlacement(
+                    strategy=PlacementStrategy.SEQUENTIAL, devices=(Device.gpu(0), Device.cpu())
+                ),
+            ),
+            # A part of a model that happens to be called like a field of a table.
+            (
+                'device = { strategy = "cpu", devices = "cuda:0" }',
+                ComponentDevice.from_multiple(
+                    DeviceMap({"strategy": Device.cpu(), "devices": Device.gpu(0)})
+                ),
+            ),
             (
                 'device = { type = "cpu", device = "cuda:0" }',
                 ComponentDevice.from_multiple(
@@ -203,7 +220,7 @@ class TestGoodFiles:
         ],
     )
     def test_every_form_of_a_placement_is_read(
-        self, base: Path, written: str, placed: ComponentDevice
+        self, base: Path, written: str, placed: Placement
     ) -> None:
         config = parse_config(with_model(f'runtime = "identity"\n{written}\n'), base=base)
         assert config.models[0].device == placed
@@ -541,7 +558,8 @@ class TestDevices:
     @pytest.mark.parametrize(
         ("setting", "text"),
         [
-            ('device = "disk"', "not supported"),
+            ('device = "disk"', "add [roots]"),
+            ('device = "disk:1"', "there is one disk"),
             ('device = "gpu"', "use one of"),
             ('device = "cuda:128"', "127"),
             ('device = "cuda: 1"', "integer"),
@@ -549,6 +567,14 @@ class TestDevices:
             ('device = "cpu:1"', "logical"),
             ("logical = 1", "true or false"),
             ("threads = 0", "1 to 1024"),
+            ("reserve = -1", "0 to"),
+            ('reserve = "10%"', "no size"),
+            ('transfer_bandwidth = "4GiB"', 'must end in "/s"'),
+            ('transfer_bandwidth = "4 cats/s"', "unknown unit"),
+            ('transfer_bandwidth = "/s"', "no size"),
+            ("transfer_bandwidth = -1", "0 to"),
+            ("transfer_bandwidth = 1.5", "bytes a second"),
+            ('transfer_bandwidth = "1GB/s"', "logical devices"),
             ('budget = "0%"', "above 0%"),
             ('budget = "100.5%"', "at most 100%"),
             ('budget = "half%"', "no percentage"),
@@ -564,6 +590,8 @@ class TestDevices:
         lines = {"device": 'device = "cpu"', "budget": "budget = 1"}
         lines[setting.split()[0]] = setting
         content = "[[devices]]\n" + "\n".join(lines.values()) + "\n"
+        if "disk" in setting:
+            content += CPU
         _, key, problem = only_problem(content, base)
         assert key == f"devices[0].{setting.split()[0]}"
         assert text in problem
@@ -571,6 +599,77 @@ class TestDevices:
     def test_pools_of_host_memory_may_be_numbered(self, base: Path) -> None:
         text = '[[devices]]\ndevice = "cpu:1"\nbudget = 1\nlogical = true\n'
         assert parse_config(text, base=base).devices[0].device == Device.from_str("cpu:1")
+
+    def test_logical_devices_may_have_a_bandwidth_and_all_a_reserve(self, base: Path) -> None:
+        text = '[[devices]]\ndevice = "cuda:0"\nbudget = 1\nlogical = true\nreserve = "1KiB"\n'
+        (device,) = parse_config(f'{text}transfer_bandwidth = "1.5 kB/s"', base=base).devices
+        assert (device.reserve, device.transfer_bandwidth) == (1024, 1500)
+        (device,) = parse_config(f"{text}transfer_bandwidth = 7", base=base).devices
+        assert device.transfer_bandwidth == 7
+
+    def test_the_disk_is_a_device_for_parts_where_there_are_roots(self, base: Path) -> None:
+        disk = '[[devices]]\ndevice = "disk:0"\nbudget = 1\n'
+        config = parse_config(f'{disk}{CPU}[roots]\na = "models"\n', base=base)
+        assert config.devices[0].device == Device.disk()
+        assert problems_of(disk, base) == [
+            (1, "devices", 'need one that can run models: add for example device = "cpu"'),
+            (2, "devices[0].device", "the disk is where the roots are: add [roots]"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("setting", "text"),
+        [
+            ("logical = true", "no pool"),
+            ("threads = 2", "nothing runs"),
+            ('transfer_bandwidth = "1GB/s"', "logical devices"),
+        ],
+    )
+    def test_the_disk_has_no_pool_and_no_lane(self, base: Path, setting: str, text: str) -> None:
+        disk = f'[[devices]]\ndevice = "disk"\nbudget = 1\n{setting}\n'
+        line, key, problem = only_problem(f'{disk}{CPU}[roots]\na = "models"\n', base)
+        assert (line, key) == (4, f"devices[0].{setting.split()[0]}")
+        assert text in problem
+
+
+class TestCatalog:
+    def test_it_is_beside_the_file_unless_the_file_says_otherwise(self, base: Path) -> None:
+        file = base / "yard.toml"
+        for text, path in [
+            ("", base / "modelyard.db"),
+            ("[catalog]\ndurable = true\n", base / "modelyard.db"),
+            ('[catalog]\nfile = "models/yard.db"\n', base / "models" / "yard.db"),
+            (f'[catalog]\nfile = "{base}/x.db"\n', base / "x.db"),
+            ("[catalog]\ndurable = false\n", None),
+            ('[catalog]\nfile = "x.db"\ndurable = false\n', None),
+        ]:
+            file.write_text(f"{text}{CPU}", encoding="utf-8")
+            assert load_config(file).catalog.path == path, text
+
+    def test_a_text_without_a_file_has_it_in_memory_unless_told_otherwise(self, base: Path) -> None:
+        assert parse_config(CPU, base=base).catalog.path is None
+        config = parse_config(CPU, base=base, default_catalog=base / "x.db")
+        assert config.catalog.path == base / "x.db"
+        config = parse_config(f'[catalog]\nfile = "y.db"\n{CPU}', base=base)
+        assert config.catalog.path == base / "y.db"
+
+    @pytest.mark.parametrize(
+        ("setting", "text"),
+        [
+            ('file = "absent/x.db"', "folder of"),
+            ('file = "models"', "not a file"),
+            ('file = ""', "path of a file"),
+            ('file = "~/x.db"', "not expanded"),
+            ('file = "sqlite:///x.db"', "not a URL"),
+            (f'file = "{"x" * 5000}"', "cannot be opened"),
+            ("file = 1", "got an integer"),
+            ('durable = "no"', "true or false"),
+            ('path = "x.db"', "unknown field"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, base: Path, setting: str, text: str) -> None:
+        line, key, problem = only_problem(f"[catalog]\n{setting}\n{CPU}", base)
+        assert (line, key) == (2, f"catalog.{setting.split()[0]}")
+        assert text in problem
 
 
 class TestRoots:
@@ -720,12 +819,45 @@ class TestModels:
         ("device", "line", "key", "text"),
         [
             ('device = "cuda:1"', 11, "device", "use one of cpu, cuda:0"),
-            ('device = "disk"', 11, "device", "not supported"),
+            ('device = "disk"', 11, "device", "only be used as a part of device maps"),
+            ('device = "balanced_low_0"', 11, "device", "use one of cpu"),
             ('device = "gpu"', 11, "device", "use one of cpu, cuda, disk, mps, xpu"),
             ("device = 1", 11, "device", "got an integer"),
             ("device = {}", 11, "device", "at least one part"),
             ('device = { "a" = "cuda:1" }', 11, "device.a", "not declared"),
-            ('device = { "a.b" = "disk" }', 11, 'device."a.b"', "not supported"),
+            ('device = { a = "cpu", "a.b" = "disk" }', 11, 'device."a.b"', "not declared"),
+            ('device = { strategy = "fair" }', 11, "device.strategy", "auto, balanced, sequential"),
+            ('device = { strategy = "auto", x = 1 }', 11, "device.x", "unknown field"),
+            (
+                'device = { strategy = "balanced", devices = "cpu" }',
+                11,
+                "device.devices",
+                "must be an array",
+            ),
+            (
+                'device = { strategy = "balanced", devices = ["cpu", "gpu"] }',
+                11,
+                "device.devices[1]",
+                "use one of cpu, cuda, disk",
+            ),
+            (
+                'device = { strategy = "balanced", devices = ["cpu", "cpu:0"] }',
+                11,
+                "device.devices[1]",
+                "listed twice",
+            ),
+            (
+                '[models.m.device]\nstrategy = "balanced"\ndevices = ["cpu", "cuda:7"]',
+                13,
+                "device.devices[1]",
+                "not declared",
+            ),
+            (
+                'device = { strategy = "auto", devices = ["disk"] }',
+                11,
+                "device.devices",
+                "cannot hold a whole model",
+            ),
             ('device = { a.b = "cpu" }', 11, "device.a", "in quotes"),
             ("device = { a = 0 }", 11, "device.a", "must be a device"),
             ('device = { type = "both" }', 11, "device.type", '"single" or "multiple"'),
@@ -793,7 +925,15 @@ class TestValuesMadeByHand:
         with pytest.raises(ValueError, match="max_waiting"):
             YardConfig(max_waiting=0)
         with pytest.raises(ValueError, match="device"):
-            DeviceConfig(device=Device.disk(), budget=Budget(size_bytes=1))
+            DeviceConfig(device=Device.from_str("disk:1"), budget=Budget(size_bytes=1))
+        with pytest.raises(ValueError, match="on the disk"):
+            ModelConfig(
+                id="a",
+                runtime="identity",
+                device=ComponentDevice.from_multiple(DeviceMap({"": Device.disk()})),
+            )
+        with pytest.raises(ValueError, match="absolute"):
+            CatalogConfig(path=Path("x.db"))
         with pytest.raises(ValueError, match="folder"):
             ModelConfig(id="a", runtime="torch", root="store", folder="../a")
         with pytest.raises(ValueError, match="threads"):
@@ -994,6 +1134,7 @@ class TestExampleAndDocument:
 
     def test_what_is_no_field_of_a_section_is_documented_too(self) -> None:
         assert list(documented("[runtimes.torch]")) == ["allowed_factories"]
+        assert documented("[catalog]") == {"file": "`modelyard.db`", "durable": "`true`"}
         assert "## `[roots]`" in DOCUMENT.read_text(encoding="utf-8")
 
     def test_ranges_in_the_document_are_the_ones_that_are_checked(self) -> None:

@@ -15,6 +15,7 @@ from modelyard_server.config.reading import load_config, parse_config
 from modelyard_server.config.values import (
     MAX_DEVICES,
     TASKS,
+    CatalogConfig,
     Config,
     DeviceConfig,
     ModelConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "MAX_DEVICES",
     "TASKS",
     "Budget",
+    "CatalogConfig",
     "Config",
     "ConfigError",
     "DeviceConfig",

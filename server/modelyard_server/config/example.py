@@ -37,11 +37,17 @@ backoff_max_s = 60
 loads_per_device = 1             # loads at once
 explain_capacity = 4096          # decisions remembered
 
+[catalog]                        # models, keys and plans that come over the wire
+file = "modelyard.db"            # relative to this file
+durable = true                   # false: in memory, gone when the server stops
+
 [[devices]]                      # one block for each device, at most 16
-device = "cpu"                   # cpu, cuda:0, xpu:0, mps
+device = "cpu"                   # cpu, cuda:0, xpu:0, mps, disk
 budget = "50%"                   # of what the device has; or a size such as "300MB"
+reserve = 0                      # what budgets leave alone, such as "2GiB"
 logical = false                  # true: a pool of host memory that stands for the device
 threads = 1                      # of one batch that runs on it
+transfer_bandwidth = 0           # of a logical device, such as "4GiB/s"; 0: no limit
 
 [roots]                          # folders below which models may be; nothing else is ever opened
 store = "."                      # this file's folder; absolute, or relative to this file
@@ -55,7 +61,7 @@ runtime = "transformers"         # or "torch", "identity"
 task = "text-classification"     # transformers only
 root = "store"
 folder = "sentiment"             # below the root
-device = "cpu"                   # leave it out and the server chooses at each load
+device = "cpu"                   # or "auto", "balanced", "sequential", or a table of parts
 pinned = false                   # true: loaded at the start, never evicted
 
 [models.sentiment.options]       # what the runtime is told

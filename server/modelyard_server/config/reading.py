@@ -16,11 +16,13 @@ from modelyard_server.config.problems import ConfigError, KeyPath, Problem, key_
 from modelyard_server.config.rules import (
     Finding,
     RuleError,
+    boolean,
     factories,
     identifier,
     kind,
 )
 from modelyard_server.config.values import (
+    CatalogConfig,
     Config,
     DeviceConfig,
     ModelConfig,
@@ -37,10 +39,11 @@ __all__ = ["MAX_CONFIG_BYTES", "load_config", "parse_config"]
 MAX_CONFIG_BYTES: Final = 16 * 1024**2
 """Largest configuration file; room for tens of thousands of models."""
 
-_SECTIONS: Final = ("server", "yard", "devices", "roots", "runtimes", "models")
+_SECTIONS: Final = ("server", "yard", "catalog", "devices", "roots", "runtimes", "models")
 _AT_LINE: Final = re.compile(r" \(at (?:line ([0-9]+), column [0-9]+|end of document)\)$")
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONGEST_TYPO: Final = 64
+_CATALOG_FILE: Final = "modelyard.db"
 _LONG_NUMBER: Final = re.compile(r"[0-9][0-9_]{4000,}")
 
 
@@ -48,7 +51,8 @@ def load_config(path: Path) -> Config:
     """Read a configuration file.
 
     Args:
-        path: a TOML file in UTF-8. Relative roots are relative to its folder.
+        path: a TOML file in UTF-8. Relative roots are relative to its folder, in which the catalog
+            is unless it says otherwise.
 
     Raises:
         ConfigError: it cannot be read, is no TOML, or says something that cannot be. The error
@@ -68,18 +72,20 @@ def load_config(path: Path) -> Config:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise _file_error("is not UTF-8 text: save it as such", line, source=path) from error
+    folder = path.absolute().parent
     try:
-        return parse_config(text, base=path.absolute().parent)
+        return parse_config(text, base=folder, default_catalog=folder / _CATALOG_FILE)
     except ConfigError as error:
         raise ConfigError(error.problems, source=path) from error
 
 
-def parse_config(text: str, *, base: Path) -> Config:
+def parse_config(text: str, *, base: Path, default_catalog: Path | None = None) -> Config:
     """Read the text of a configuration file.
 
     Args:
         text: TOML.
-        base: folder that relative roots are relative to.
+        base: folder that relative roots, and the catalog's file, are relative to.
+        default_catalog: where the catalog is if the text does not say; None keeps it in memory.
 
     Raises:
         ConfigError: the text is no TOML, or says something that cannot be. The error holds all
@@ -96,7 +102,7 @@ def parse_config(text: str, *, base: Path) -> Config:
         found = _LONG_NUMBER.search(text)
         line = text.count("\n", 0, found.start()) + 1 if found else 1
         raise _file_error(f"is no usable TOML: {error}", line) from error
-    return _Reader(document, LineIndex.of(text), base).config()
+    return _Reader(document, LineIndex.of(text), base, default_catalog).config()
 
 
 def _file_error(text: str, line: int = 1, *, source: Path | None = None) -> ConfigError:
@@ -116,10 +122,17 @@ def _syntax_error(error: tomllib.TOMLDecodeError, text: str) -> ConfigError:
 class _Reader:
     """Reads one document, collecting problems."""
 
-    def __init__(self, document: Mapping[str, Any], lines: LineIndex, base: Path) -> None:
+    def __init__(
+        self,
+        document: Mapping[str, Any],
+        lines: LineIndex,
+        base: Path,
+        default_catalog: Path | None,
+    ) -> None:
         self._document = document
         self._lines = lines
         self._base = base
+        self._default_catalog = default_catalog
         self._problems: list[Problem] = []
 
     def config(self) -> Config:
@@ -127,6 +140,7 @@ class _Reader:
         self._refuse_unknown((), self._document, _SECTIONS)
         server = self._section(ServerConfig, ("server",), self._table(("server",)))
         yard = self._section(YardConfig, ("yard",), self._table(("yard",)))
+        catalog = self._catalog()
         devices = self._devices()
         root_tables = self._table(("roots",))
         roots = self._roots(root_tables)
@@ -142,11 +156,28 @@ class _Reader:
         return Config(
             server=ServerConfig(**server),
             yard=YardConfig(**yard),
+            catalog=catalog,
             devices=tuple(DeviceConfig(**given) for given in devices or ()),
             roots=roots,
             models=tuple(ModelConfig(**given) for given in models.values()),
             allowed_factories=allowed,
         )
+
+    def _catalog(self) -> CatalogConfig:
+        path = ("catalog",)
+        table = self._table(path)
+        self._refuse_unknown(path, table, ("file", "durable"))
+        file, durable = self._default_catalog, True
+        try:
+            durable = boolean(table.get("durable", True))
+        except RuleError as error:
+            self._report_all((*path, "durable"), error.findings)
+        if "file" in table:
+            try:
+                file = _file_to_write(self._base, table["file"])
+            except RuleError as error:
+                self._report_all((*path, "file"), error.findings)
+        return CatalogConfig(path=file if durable else None)
 
     def _devices(self) -> list[dict[str, Any]] | None:
         """Read the devices; None if they are no array of tables."""
@@ -272,23 +303,43 @@ def _no_table(path: KeyPath, value: object) -> str:
 
 def _existing_folder(base: Path, value: object) -> Path:
     """Return the absolute, resolved folder that a root names. Raises ``RuleError``."""
-    if not isinstance(value, str):
-        raise RuleError(f"must be the path of a folder, got {kind(value)}")
-    if _URL.match(value):
-        raise RuleError(f"must be a local folder, not a URL: {quoted(value)}")
-    if not value or not value.isprintable():
-        raise RuleError("must be the path of a folder, without control characters")
-    if value.startswith("~"):
-        raise RuleError('"~" is not expanded: write the whole path')
+    text = _local_path(value, "a folder")
     try:
-        folder = (base / value).resolve(strict=True)
+        folder = (base / text).resolve(strict=True)
         is_folder = folder.is_dir()
     except FileNotFoundError as error:
-        raise RuleError(f"{quoted(value)} does not exist: create the folder") from error
+        raise RuleError(f"{quoted(text)} does not exist: create the folder") from error
     except (OSError, RuntimeError) as error:
         # RuntimeError for symbolic links that lead to each other.
         reason = error.strerror if isinstance(error, OSError) else "symbolic links form a loop"
-        raise RuleError(f"{quoted(value)} cannot be opened: {reason}") from error
+        raise RuleError(f"{quoted(text)} cannot be opened: {reason}") from error
     if not is_folder:
-        raise RuleError(f"{quoted(value)} is not a folder")
+        raise RuleError(f"{quoted(text)} is not a folder")
     return folder
+
+
+def _file_to_write(base: Path, value: object) -> Path:
+    """Return the absolute path of a file that may be made. Raises ``RuleError``."""
+    text = _local_path(value, "a file")
+    path = base.absolute() / text
+    try:
+        if not path.parent.is_dir():
+            raise RuleError(f"the folder of {quoted(text)} does not exist: create it")
+        if path.exists() and not path.is_file():
+            raise RuleError(f"{quoted(text)} is not a file")
+    except OSError as error:
+        raise RuleError(f"{quoted(text)} cannot be opened: {error.strerror}") from error
+    return path
+
+
+def _local_path(value: object, what: str) -> str:
+    """Return text that may be a path of this machine. Raises ``RuleError``."""
+    if not isinstance(value, str):
+        raise RuleError(f"must be the path of {what}, got {kind(value)}")
+    if _URL.match(value):
+        raise RuleError(f"must be a local {what.split()[-1]}, not a URL: {quoted(value)}")
+    if not value or not value.isprintable():
+        raise RuleError(f"must be the path of {what}, without control characters")
+    if value.startswith("~"):
+        raise RuleError('"~" is not expanded: write the whole path')
+    return value

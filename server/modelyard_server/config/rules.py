@@ -22,6 +22,7 @@ __all__ = [
     "Finding",
     "Rule",
     "RuleError",
+    "bandwidth",
     "boolean",
     "budget",
     "factories",
@@ -143,6 +144,20 @@ def size(low: int, high: int) -> Rule:
         return size_bytes
 
     return rule
+
+
+def bandwidth(value: object) -> int:
+    """Accept bytes a second, as an integer or as a size with "/s" behind it; 0 is no limit."""
+    if type(value) is int:
+        if not 0 <= value <= MAX_SIZE_BYTES:
+            raise RuleError(f"must be 0 to {MAX_SIZE_BYTES} bytes a second, got {_number(value)}")
+        return value
+    if not isinstance(value, str):
+        raise RuleError(f'must be bytes a second (4000000000 or "4GB/s"), got {kind(value)}')
+    amount, separator, _ = value.rpartition("/s")
+    if not separator or not value.endswith("/s"):
+        raise RuleError(f'must end in "/s", as in "4GiB/s", got {quoted(value)}')
+    return _size(amount)
 
 
 def one_of(*names: str) -> Rule:

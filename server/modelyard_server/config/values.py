@@ -13,15 +13,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Protocol, cast
 
-from modelyard.devices import ComponentDevice, Device, DeviceType
+from modelyard.devices import Device, DeviceType
+from modelyard.placements import AutomaticPlacement, Placement
 from modelyard_server.config import addresses, placement, rules
 from modelyard_server.config.budget import Budget
 from modelyard_server.config.problems import KeyPath, key_text, quoted
 from modelyard_server.config.rules import Finding, Rule, RuleError
+from modelyard_server.devices.sizes import MAX_SIZE_BYTES
 
 __all__ = [
     "MAX_DEVICES",
     "TASKS",
+    "CatalogConfig",
     "Config",
     "DeviceConfig",
     "ModelConfig",
@@ -180,6 +183,10 @@ class DeviceConfig:
     """Whether this is a pool of host memory that stands for the device."""
     threads: int = field(default=1, metadata=_ruled(rules.integer(1, 1024)))
     """Intra-op threads of its lane."""
+    reserve: int = field(default=0, metadata=_ruled(rules.size(0, MAX_SIZE_BYTES)))
+    """What budgets leave alone of what it has, in bytes."""
+    transfer_bandwidth: int = field(default=0, metadata=_ruled(rules.bandwidth))
+    """Most that loads bring onto it, in bytes a second; 0 is as fast as it goes."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -188,6 +195,17 @@ class DeviceConfig:
     def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
         """See ``Section``."""
         device = given.get("device")
+        if given.get("transfer_bandwidth") and not given.get("logical", True):
+            yield (
+                ("transfer_bandwidth",),
+                "is for logical devices: a real one has the bandwidth that it has",
+            )
+        if device is not None and device.type is DeviceType.DISK:
+            if given.get("logical"):
+                yield ("logical",), "must be false: the disk is no pool of host memory"
+            if given.get("threads", 1) != 1:
+                yield ("threads",), "must be left out: nothing runs on the disk"
+            return
         if device is None or given.get("logical", True):
             return
         if device.type is DeviceType.CPU and device.id is not None:
@@ -218,7 +236,7 @@ class ModelConfig:
     """Name of the root below which its weights are; None for runtimes without weights."""
     folder: str | None = field(default=None, metadata=_ruled(rules.folder))
     """Folder below the root, ``/``-separated; None for runtimes without weights."""
-    device: ComponentDevice | None = field(default=None, metadata=_ruled(placement.placement))
+    device: Placement | None = field(default=None, metadata=_ruled(placement.placement))
     """Where it lives; None lets the server choose at each load."""
     pinned: bool = field(default=False, metadata=_ruled(rules.boolean))
     """Whether it is loaded at the start and never evicted."""
@@ -252,6 +270,22 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogConfig:
+    """Where models, keys and plans are kept that come over the wire: ``[catalog]``.
+
+    Raises:
+        ValueError: the path is not absolute.
+    """
+
+    path: Path | None = None
+    """Absolute path of the database; None keeps them in memory, until the server stops."""
+
+    def __post_init__(self) -> None:
+        if self.path is not None and not self.path.is_absolute():
+            raise ValueError(f"catalog: the path must be absolute, got {quoted(str(self.path))}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A whole configuration.
 
@@ -263,6 +297,8 @@ class Config:
     """How the server is reached."""
     yard: YardConfig = field(default_factory=YardConfig)
     """How it decides."""
+    catalog: CatalogConfig = field(default_factory=CatalogConfig)
+    """Where it keeps what must survive it."""
     devices: tuple[DeviceConfig, ...]
     """1 to ``MAX_DEVICES`` devices, all different, in the order of the file."""
     roots: Mapping[str, Path] = field(default_factory=lambda: MappingProxyType({}), hash=False)
@@ -310,6 +346,11 @@ def plan_conflicts(
             )
     # With a device that cannot be read, nobody knows what is undeclared.
     readable = all("device" in given for given in devices) and bool(devices)
+    disk = declared.get(Device.disk())
+    if readable and set(declared) == {Device.disk()}:
+        yield ("devices",), 'need one that can run models: add for example device = "cpu"'
+    if disk is not None and not roots:
+        yield ("devices", disk, "device"), "the disk is where the roots are: add [roots]"
     for model_id, given in models.items():
         root = given.get("root")
         if root is not None and root not in roots:
@@ -363,8 +404,12 @@ def _key_conflicts(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Finding]
                 yield path, f"{quoted(key)} means {key_text(('models', owners[key]))} already"
 
 
-def _placed(component: ComponentDevice) -> Iterator[tuple[KeyPath, Device]]:
-    if component.single is not None:
+def _placed(component: Placement) -> Iterator[tuple[KeyPath, Device]]:
+    """Yield the devices that a placement names, and where in it."""
+    if isinstance(component, AutomaticPlacement):
+        for index, device in enumerate(component.devices):
+            yield ("devices", index), device
+    elif component.single is not None:
         yield (), component.single
     elif component.multiple is not None:
         for part, device in component.multiple:

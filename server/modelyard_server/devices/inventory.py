@@ -1,27 +1,24 @@
-"""What devices this machine has, and how much room each of them has.
-
-A probe that finds nothing costs nothing: torch's accelerator modules are asked only for devices
-that the configuration names. Accelerator probes are exercised on machines that have them; elsewhere
-a device is declared logical.
-"""
+"""The devices that the server manages: those of the configuration, as this machine has them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from modelyard.devices import Device, DeviceType
 from modelyard_server.config import DeviceConfig
+from modelyard_server.devices.budgets import BudgetImpossible, budget_violations
+from modelyard_server.devices.probes import Probe, Probed, host_memory_bytes, probes
 from modelyard_server.execution.engine import EngineDevice
 
-__all__ = ["DeviceMissing", "ManagedDevice", "host_memory_bytes", "take_inventory"]
-
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+__all__ = [
+    "BudgetImpossible",
+    "DeviceMissing",
+    "ManagedDevice",
+    "host_memory_bytes",
+    "take_inventory",
+]
 
 
 class DeviceMissing(Exception):
@@ -32,9 +29,12 @@ class DeviceMissing(Exception):
     """
 
     def __init__(self, device: Device) -> None:
-        super().__init__(
-            f"this machine has no {device}; leave it out, or declare it with logical = true"
+        advice = (
+            "it is where the roots are, and there are none"
+            if device.type is DeviceType.DISK
+            else "leave it out, or declare it with logical = true"
         )
+        super().__init__(f"this machine has no {device}; {advice}")
         self.device = device
 
 
@@ -46,10 +46,12 @@ class ManagedDevice:
         name: resource name, "devices/cuda-1".
         device: what the configuration calls it.
         logical: a pool of host memory that stands for the device.
-        torch_device: where tensors really go, in torch's words.
+        torch_device: where tensors really go, in torch's words; targets.DISK for the disk.
         threads: intra-op threads of its lane.
-        total_bytes: what the probe saw.
-        budget_bytes: most that models may hold; at most total_bytes unless it was given in bytes.
+        total_bytes: what the probe saw; for the disk, of the file systems that the roots are on.
+        budget_bytes: most that models may hold when the server starts.
+        reserve_bytes: what budgets leave alone of total_bytes.
+        transfer_bytes_per_s: a logical device's bandwidth for loads; 0 for no limit.
     """
 
     name: str
@@ -59,64 +61,70 @@ class ManagedDevice:
     threads: int
     total_bytes: int
     budget_bytes: int
+    reserve_bytes: int = 0
+    transfer_bytes_per_s: int = 0
+
+    @property
+    def executes(self) -> bool:
+        """True if models can run on it; the disk only keeps weights."""
+        return self.device.type is not DeviceType.DISK
 
     def engine_device(self) -> EngineDevice:
         """As the engine sees it."""
         return EngineDevice(
-            name=str(self.device), torch_device=self.torch_device, threads=self.threads
+            name=str(self.device),
+            torch_device=self.torch_device,
+            threads=self.threads,
+            transfer_bytes_per_s=self.transfer_bytes_per_s,
         )
 
 
-def take_inventory(devices: Sequence[DeviceConfig]) -> tuple[ManagedDevice, ...]:
+def take_inventory(
+    devices: Sequence[DeviceConfig],
+    *,
+    roots: Iterable[Path] = (),
+    using: Mapping[DeviceType, Probe] | None = None,
+) -> tuple[ManagedDevice, ...]:
     """Finds the configured devices and resolves their budgets.
 
+    Each kind is probed once, and only if a device of it is configured.
+
+    Args:
+        devices: of the configuration.
+        roots: folders whose file systems are the disk.
+        using: other probes, by kind; those of this machine if None.
+
     Raises:
-        DeviceMissing: one of them is not there.
+        DeviceMissing: one of the devices is not there.
+        BudgetImpossible: the budgets promise more than there is.
     """
-    return tuple(_find(config) for config in devices)
+    asked = probes(roots) if using is None else using
+    seen: dict[DeviceType, tuple[Probed, ...]] = {}
+    managed = []
+    for config in devices:
+        wanted = Device.cpu() if config.logical else config.device
+        if wanted.type not in seen:
+            seen[wanted.type] = asked[wanted.type]()
+        probed = next((found for found in seen[wanted.type] if found.device == wanted), None)
+        if probed is None:
+            raise DeviceMissing(config.device)
+        managed.append(_managed(config, probed))
+    violations = budget_violations(managed, [device.budget_bytes for device in managed])
+    if violations:
+        raise BudgetImpossible(violations)
+    return tuple(managed)
 
 
-def host_memory_bytes() -> int:
-    """Memory this process may have: what the machine has, or less if its control group says so."""
-    lines = _MEMINFO.read_text().splitlines()
-    total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
-    for limit in _CGROUP_LIMITS:
-        try:
-            text = limit.read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
-
-
-def _find(config: DeviceConfig) -> ManagedDevice:
-    device = config.device
-    if config.logical or device.type is DeviceType.CPU:
-        total, torch_device = host_memory_bytes(), "cpu"
-    else:
-        total, torch_device = _accelerator_bytes(device), str(device)
+def _managed(config: DeviceConfig, probed: Probed) -> ManagedDevice:
+    available = max(0, probed.total_bytes - config.reserve)
     return ManagedDevice(
-        name=f"devices/{str(device).replace(':', '-')}",
-        device=device,
+        name=f"devices/{str(config.device).replace(':', '-')}",
+        device=config.device,
         logical=config.logical,
-        torch_device=torch_device,
+        torch_device=probed.torch_device,
         threads=config.threads,
-        total_bytes=total,
-        budget_bytes=config.budget.resolve(total),
+        total_bytes=probed.total_bytes,
+        budget_bytes=config.budget.resolve(available),
+        reserve_bytes=config.reserve,
+        transfer_bytes_per_s=config.transfer_bandwidth,
     )
-
-
-def _accelerator_bytes(device: Device) -> int:
-    import torch
-
-    index = device.id or 0
-    match device.type:
-        case DeviceType.GPU if torch.cuda.is_available() and index < torch.cuda.device_count():
-            return int(torch.cuda.mem_get_info(index)[1])
-        case DeviceType.XPU if torch.xpu.is_available() and index < torch.xpu.device_count():
-            return int(torch.xpu.get_device_properties(index).total_memory)
-        case DeviceType.MPS if torch.backends.mps.is_available():
-            return int(torch.mps.recommended_max_memory())
-        case _:
-            raise DeviceMissing(device)
