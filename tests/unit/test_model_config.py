@@ -12,6 +12,7 @@ from tests.support.tiny_models import make_tiny_bert, make_tiny_gpt2
 
 from modelyard_server.runtimes.api import ModelFilesError, ModelSpec
 from modelyard_server.runtimes.hf.runtime import TransformersRuntime
+from modelyard_server.runtimes.targets import Place
 from modelyard_server.weights.model_config import read_model_config
 
 
@@ -198,15 +199,15 @@ def test_without_architectures_the_weights_must_have_the_head(tmp_path: Path) ->
     save_file(weights, folder / "model.safetensors")
     spec = ModelSpec(name="m", runtime="transformers", task="text-classification", folder=folder)
     with pytest.raises(ModelFilesError, match="lack 2 parameters"):
-        TransformersRuntime().load(spec, device="cpu", stop=lambda: False)
+        TransformersRuntime().load(spec, place=Place.on("cpu"), stop=lambda: False)
 
 
 def test_keys_the_class_does_not_declare_never_reach_it(tmp_path: Path) -> None:
     folder = make_tiny_bert(tmp_path / "bert", seed=1)
     change(folder, to_dict="shadowed", name_or_path="/etc", gradient_checkpointing=True)
     spec = ModelSpec(name="m", runtime="transformers", task="feature-extraction", folder=folder)
-    model = TransformersRuntime().load(spec, device="cpu", stop=lambda: False)
-    assert model.measured_bytes() > 0
+    model = TransformersRuntime().load(spec, place=Place.on("cpu"), stop=lambda: False)
+    assert model.measured_bytes()[0] > 0
 
 
 def test_other_files_of_the_folder_are_not_looked_at(tmp_path: Path) -> None:
@@ -221,5 +222,5 @@ def test_other_files_of_the_folder_are_not_looked_at(tmp_path: Path) -> None:
     )
     torch.save({"a": torch.zeros(1)}, folder / "pytorch_model.bin")
     spec = ModelSpec(name="m", runtime="transformers", task="text-generation", folder=folder)
-    TransformersRuntime().load(spec, device="cpu", stop=lambda: False)
+    TransformersRuntime().load(spec, place=Place.on("cpu"), stop=lambda: False)
     assert not canary.exists()

@@ -6,6 +6,7 @@ import pytest
 
 from modelyard_server.runtimes.api import LoadCancelled, ModelSpec, OptionError, Price
 from modelyard_server.runtimes.identity import IdentityRuntime
+from modelyard_server.runtimes.targets import Place
 from modelyard_server.runtimes.tensors import DType, TensorValue
 
 
@@ -14,7 +15,7 @@ def spec(**options: object) -> ModelSpec:
 
 
 def test_the_outputs_are_the_inputs() -> None:
-    model = IdentityRuntime().load(spec(), device="cpu", stop=lambda: False)
+    model = IdentityRuntime().load(spec(), place=Place.on("cpu"), stop=lambda: False)
     inputs = (
         TensorValue(name="a", dtype=DType.TEXT, shape=(1,), data=("x",)),
         TensorValue(name="b", dtype=DType.UINT8, shape=(2,), data=b"yz"),
@@ -22,7 +23,7 @@ def test_the_outputs_are_the_inputs() -> None:
     outputs = model.run(inputs, {})
     assert outputs == inputs
     assert outputs[1] is inputs[1]
-    assert model.measured_bytes() == 0
+    assert model.measured_bytes() == {0: 0}
 
 
 def test_its_ballast_is_held_counted_and_released() -> None:
@@ -30,13 +31,13 @@ def test_its_ballast_is_held_counted_and_released() -> None:
     big = spec(size_bytes=100_000.0)
     runtime.check(big)
     assert runtime.price(big) == Price(resting_bytes=100_000, peak_bytes=100_000)
-    model = runtime.load(big, device="cpu", stop=lambda: False)
-    assert model.measured_bytes() == 100_000
+    model = runtime.load(big, place=Place.on("cpu"), stop=lambda: False)
+    assert model.measured_bytes() == {0: 100_000}
     watched = model.witnesses()
-    assert [witness() is not None for witness in watched] == [True]
+    assert [witness.reference() is not None for witness in watched] == [True]
     model.close()
-    assert all(witness() is None for witness in watched)
-    assert model.measured_bytes() == 0
+    assert all(witness.reference() is None for witness in watched)
+    assert model.measured_bytes() == {0: 0}
 
 
 @pytest.mark.parametrize(
@@ -58,11 +59,11 @@ def test_wrong_options_are_named(wrong: ModelSpec, option: str) -> None:
 
 
 def test_parameters_are_refused() -> None:
-    model = IdentityRuntime().load(spec(), device="cpu", stop=lambda: False)
+    model = IdentityRuntime().load(spec(), place=Place.on("cpu"), stop=lambda: False)
     with pytest.raises(OptionError):
         model.run((TensorValue(name="", dtype=DType.UINT8, shape=(), data=b"x"),), {"top_k": 1})
 
 
 def test_a_load_can_be_stopped() -> None:
     with pytest.raises(LoadCancelled):
-        IdentityRuntime().load(spec(size_bytes=10), device="cpu", stop=lambda: True)
+        IdentityRuntime().load(spec(size_bytes=10), place=Place.on("cpu"), stop=lambda: True)

@@ -16,6 +16,7 @@ from modelyard_server.runtimes.api import (
     OptionError,
 )
 from modelyard_server.runtimes.conversion import to_torch, to_value
+from modelyard_server.runtimes.targets import Place
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
 from modelyard_server.runtimes.torch_runtime import TorchRuntime
 
@@ -118,8 +119,10 @@ def load(spec: ModelSpec) -> LoadedModel:
     runtime = TorchRuntime(allowed_factories=ALLOWED)
     runtime.check(spec)
     price = runtime.price(spec)
-    model = runtime.load(spec, device="cpu", stop=lambda: False)
-    assert price.resting_bytes == model.measured_bytes()
+    model = runtime.load(spec, place=Place.on("cpu"), stop=lambda: False)
+    assert {0: price.resting_bytes} == model.measured_bytes()
+    assert price.structure is not None
+    assert price.structure.size_bytes == price.resting_bytes
     assert price.peak_bytes >= price.resting_bytes
     return model
 
@@ -147,7 +150,7 @@ def test_of_tied_names_one_is_enough(tmp_path: Path, saved: str) -> None:
     both = {"embed.weight": weight, "head.weight": weight.clone()}
     save_file(both if saved == "both" else {saved: both[saved]}, tmp_path / "model.safetensors")
     model = load(spec_of(tmp_path, f"{HERE}:Tied"))
-    assert model.measured_bytes() == (320 if saved == "both" else 160)
+    assert model.measured_bytes() == {0: 320 if saved == "both" else 160}
     (output,) = model.run((to_value("ids", torch.tensor([3])),), {})
     assert torch.equal(to_torch(output)[0], weight @ weight[3])
 
@@ -171,7 +174,7 @@ def test_modules_that_meta_does_not_suit_are_built_for_real(
 def test_weights_keep_the_type_of_the_file(tmp_path: Path, dtype: torch.dtype) -> None:
     save_file({"weight": torch.ones(3, dtype=dtype)}, tmp_path / "model.safetensors")
     model = load(spec_of(tmp_path, f"{HERE}:Integers"))
-    assert model.measured_bytes() == 3 * dtype.itemsize
+    assert model.measured_bytes() == {0: 3 * dtype.itemsize}
     (output,) = model.run((to_value("x", torch.ones(3, dtype=dtype)),), {})
     assert to_torch(output).dtype == dtype
 
@@ -308,7 +311,7 @@ def test_a_factory_that_does_not_fit_is_the_files_error(
     with pytest.raises(ModelFilesError):
         runtime.price(spec)
     with pytest.raises(ModelFilesError):
-        runtime.load(spec, device="cpu", stop=lambda: False)
+        runtime.load(spec, place=Place.on("cpu"), stop=lambda: False)
 
 
 @pytest.mark.parametrize("steps", range(4))
@@ -323,4 +326,4 @@ def test_a_load_can_be_stopped_at_every_step(tmp_path: Path, steps: int) -> None
         return asked > steps
 
     with pytest.raises(LoadCancelled):
-        runtime.load(spec, device="cpu", stop=stop)
+        runtime.load(spec, place=Place.on("cpu"), stop=stop)

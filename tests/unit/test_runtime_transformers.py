@@ -31,6 +31,7 @@ from modelyard_server.runtimes.api import (
 from modelyard_server.runtimes.conversion import to_torch, to_value
 from modelyard_server.runtimes.hf.runtime import TransformersRuntime
 from modelyard_server.runtimes.registry import make_runtimes
+from modelyard_server.runtimes.targets import Place
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
 
 TEXTS = ("the cat sat on the mat", "good dog", "i like this big red house or that blue river")
@@ -46,8 +47,10 @@ def load(folder: Path, task: str, **options: Any) -> LoadedModel:
     runtime = TransformersRuntime()
     runtime.check(spec)
     price = runtime.price(spec)
-    model = runtime.load(spec, device="cpu", stop=lambda: False)
-    assert price.resting_bytes == model.measured_bytes()
+    model = runtime.load(spec, place=Place.on("cpu"), stop=lambda: False)
+    assert {0: price.resting_bytes} == model.measured_bytes()
+    assert price.structure is not None
+    assert price.structure.size_bytes == price.resting_bytes
     assert price.peak_bytes >= price.resting_bytes
     return model
 
@@ -652,7 +655,9 @@ def test_a_load_can_be_stopped_at_every_step(bert: Path, steps: int) -> None:
         return asked > steps
 
     with pytest.raises(LoadCancelled):
-        TransformersRuntime().load(spec_of(bert, "feature-extraction"), device="cpu", stop=stop)
+        TransformersRuntime().load(
+            spec_of(bert, "feature-extraction"), place=Place.on("cpu"), stop=stop
+        )
     assert living_modules() == before
 
 
@@ -671,7 +676,7 @@ def test_loads_in_several_threads_make_whole_models(gpt2: Path, bert: Path) -> N
 
     def work() -> None:
         for folder, task in ((gpt2, "text-generation"), (bert, "feature-extraction")) * 2:
-            model = runtime.load(spec_of(folder, task), device="cpu", stop=lambda: False)
+            model = runtime.load(spec_of(folder, task), place=Place.on("cpu"), stop=lambda: False)
             if model.run(text(*TEXTS), {}) != expected[folder]:
                 wrong.append(folder)
 

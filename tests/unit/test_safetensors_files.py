@@ -52,7 +52,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
         "true": torch.tensor([True, False]),
     }
     save_file(tensors, tmp_path / FILE)
-    mapped = map_checkpoint(tmp_path, read_checkpoint(tmp_path), stop=lambda: False)
+    mapped = map_checkpoint(tmp_path, read_checkpoint(tmp_path), stop=lambda: False).tensors
     assert mapped.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert mapped[name].dtype == tensor.dtype
@@ -63,7 +63,7 @@ def test_tensors_behind_an_odd_one_are_aligned(tmp_path: Path) -> None:
     header = {"a": entry("U8", [1], 0, 1), "b": entry("F64", [2], 1, 17)}
     values = torch.tensor([1.0, -2.0], dtype=torch.float64)
     (tmp_path / FILE).write_bytes(file_bytes(header, b"\x07" + values.numpy().tobytes()))
-    mapped = map_checkpoint(tmp_path, read_checkpoint(tmp_path), stop=lambda: False)
+    mapped = map_checkpoint(tmp_path, read_checkpoint(tmp_path), stop=lambda: False).tensors
     assert mapped["b"].data_ptr() % 8 == 0
     assert torch.equal(mapped["b"], values)
 
@@ -71,7 +71,7 @@ def test_tensors_behind_an_odd_one_are_aligned(tmp_path: Path) -> None:
 def test_writing_to_a_mapped_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
     save_file({"a": torch.ones(8)}, tmp_path / FILE)
     before = (tmp_path / FILE).read_bytes()
-    map_checkpoint(tmp_path, read_checkpoint(tmp_path), stop=lambda: False)["a"].zero_()
+    map_checkpoint(tmp_path, read_checkpoint(tmp_path), stop=lambda: False).tensors["a"].zero_()
     assert (tmp_path / FILE).read_bytes() == before
 
 
@@ -246,7 +246,7 @@ def test_shards_are_found_through_the_index(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(tmp_path)
     assert sorted(checkpoint.tensors) == ["a", "b", "c"]
     assert checkpoint.size_bytes == 24
-    mapped = map_checkpoint(tmp_path, checkpoint, stop=lambda: False)
+    mapped = map_checkpoint(tmp_path, checkpoint, stop=lambda: False).tensors
     assert torch.equal(mapped["a"], torch.ones(2))
 
 

@@ -19,11 +19,12 @@ from tests.support.tiny_models import (
 
 from modelyard_server.runtimes.api import LoadedModel, ModelSpec
 from modelyard_server.runtimes.hf.runtime import TransformersRuntime
+from modelyard_server.runtimes.targets import Place
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
 from modelyard_server.runtimes.torch_runtime import TorchRuntime
 from modelyard_server.weights.mapping import map_checkpoint
 from modelyard_server.weights.safetensors_files import read_checkpoint
-from modelyard_server.weights.storages import unique_storage_bytes, witnesses
+from modelyard_server.weights.storages import Spread, unique_storage_bytes
 
 
 def test_parameters_and_buffers_are_counted() -> None:
@@ -56,21 +57,21 @@ def test_mapped_tensors_count_what_they_map(tmp_path: Path) -> None:
     save_file({"a": torch.ones(10), "b": torch.ones(5)}, tmp_path / "model.safetensors")
     mapped = map_checkpoint(tmp_path, read_checkpoint(tmp_path), stop=lambda: False)
     module = torch.nn.Module()
-    module.register_buffer("a", mapped["a"])
+    module.register_buffer("a", mapped.tensors["a"])
     assert unique_storage_bytes(module) == 40
 
 
 def test_witnesses_die_with_the_module() -> None:
     module = TinyMlp()
-    watched = witnesses(module)
+    watched = Spread(home=0, home_name="cpu", devices=(0,), positions={}).witnesses(module)
     assert len(watched) == 1 + 4 + 1
-    assert all(witness() is not None for witness in watched)
+    assert all(witness.reference() is not None for witness in watched)
     kept = module.first.weight
     del module
     # Negative control: what somebody still holds is seen.
-    assert [witness() is kept for witness in watched].count(True) == 1
+    assert [witness.reference() is kept for witness in watched].count(True) == 1
     del kept
-    assert all(witness() is None for witness in watched)
+    assert all(witness.reference() is None for witness in watched)
 
 
 def text(*texts: str) -> TensorValue:
@@ -104,9 +105,9 @@ def no_collector() -> Iterator[None]:
 def assert_released(model: LoadedModel) -> None:
     watched = model.witnesses()
     assert watched
-    assert all(witness() is not None for witness in watched)
+    assert all(witness.reference() is not None for witness in watched)
     model.close()
-    assert all(witness() is None for witness in watched)
+    assert all(witness.reference() is None for witness in watched)
 
 
 @pytest.mark.usefixtures("no_collector")
@@ -116,7 +117,7 @@ def test_a_closed_model_is_gone_after_good_and_bad_requests(tmp_path: Path, task
     spec = ModelSpec(
         name="m", runtime="transformers", task=task, folder=make(tmp_path / "m", seed=1)
     )
-    model = TransformersRuntime().load(spec, device="cpu", stop=lambda: False)
+    model = TransformersRuntime().load(spec, place=Place.on("cpu"), stop=lambda: False)
     assert model.run((good,), {})
     with pytest.raises(TensorError) as caught:
         model.run((bad,), {})
@@ -131,12 +132,14 @@ def test_a_kept_failure_of_a_model_does_not_keep_the_model(tmp_path: Path, task:
     spec = ModelSpec(
         name="m", runtime="transformers", task=task, folder=make(tmp_path / "m", seed=1)
     )
-    model = TransformersRuntime().load(spec, device="cpu", stop=lambda: False)
-    for module in model.witnesses()[0]().modules():  # type: ignore[union-attr]  # it is alive
+    model = TransformersRuntime().load(spec, place=Place.on("cpu"), stop=lambda: False)
+    root = model.witnesses()[0].reference()
+    assert root is not None
+    for module in root.modules():
         if isinstance(module, torch.nn.LayerNorm):
             # A width that never fits: the failure comes from deep inside, through many frames.
             module.normalized_shape = (1_000,)
-    del module
+    del root, module
     with pytest.raises(RuntimeError) as caught:
         model.run((good,), {})
     assert_released(model)
@@ -152,7 +155,7 @@ def test_a_kept_failure_of_a_torch_model_does_not_keep_the_model(tmp_path: Path)
         folder=make_tiny_mlp(tmp_path / "m", seed=1),
         options={"factory": MLP_FACTORY, "factory_options": {"fails": True}},
     )
-    model = runtime.load(spec, device="cpu", stop=lambda: False)
+    model = runtime.load(spec, place=Place.on("cpu"), stop=lambda: False)
     value = TensorValue(name="x", dtype=DType.FLOAT32, shape=(1, 8), data=bytes(32))
     with pytest.raises(ArithmeticError) as caught:
         model.run((value,), {})

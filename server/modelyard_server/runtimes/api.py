@@ -4,10 +4,10 @@ The server asks a runtime three things, in this order:
 
     price   How many bytes will a load need? Answered from file headers, without reading weights.
             Asked once, when the model is registered; the yard reserves the answer before a load.
-    load    Bring the weights onto one device. Runs in a thread of the engine, one load a device
-            at a time, but several devices at once: what a library cannot do from two threads, its
-            runtime does under a lock of its own.
-    run     Answer a batch. Runs on the device's lane, one at a time.
+    load    Bring the weights onto one device, or in parts onto several. Runs in a thread of the
+            engine, one load a home device at a time, but several devices at once: what a library
+            cannot do from two threads, its runtime does under a lock of its own.
+    run     Answer a batch. Runs on the home device's lane, one at a time.
 
 A runtime is stateless but for caches it can rebuild. A loaded model owns its weights and nothing
 else owns them: after close() and when the caller has dropped the object, the memory is back. The
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from weakref import ReferenceType
 
+from modelyard_server.runtimes.targets import Place, Structure
 from modelyard_server.runtimes.tensors import TensorValue
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Price",
     "Runtime",
     "StopCheck",
+    "Witness",
 ]
 
 JsonValue = Any
@@ -74,10 +76,14 @@ class Price:
     Attributes:
         resting_bytes: unique storages once it is loaded: parameters (tied ones once) and buffers.
         peak_bytes: most that loading it holds at one time; at least resting_bytes. An upper bound.
+            What is above resting_bytes is held on the home device.
+        structure: what it is made of, for placements in parts; its size_bytes are resting_bytes.
+            None for a model that cannot be cut.
     """
 
     resting_bytes: int
     peak_bytes: int
+    structure: Structure | None = None
 
 
 class OptionError(ValueError):
@@ -114,6 +120,19 @@ class LoadCancelled(Exception):
     """The load was asked to stop and did."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Witness:
+    """Something that lives as long as some of a model's memory is held.
+
+    Attributes:
+        device: position of the device whose memory it is.
+        reference: to it.
+    """
+
+    device: int
+    reference: ReferenceType[Any]
+
+
 class LoadedModel(ABC):
     """A model whose weights are in memory."""
 
@@ -141,11 +160,15 @@ class LoadedModel(ABC):
         """
 
     @abstractmethod
-    def measured_bytes(self) -> int:
-        """Bytes of the unique storages the model holds now, parameters and buffers."""
+    def measured_bytes(self) -> Mapping[int, int]:
+        """Bytes the model holds now, by position of the device.
+
+        Unique storages of parameters and buffers. What lies on the disk counts there, and what is
+        kept free for using it (targets.staging_bytes) counts on the home device.
+        """
 
     @abstractmethod
-    def witnesses(self) -> tuple[ReferenceType[Any], ...]:
+    def witnesses(self) -> tuple[Witness, ...]:
         """Weak references to what holds the weights; all dead once the memory can be back."""
 
     @abstractmethod
@@ -202,12 +225,12 @@ class Runtime(ABC):
         """
 
     @abstractmethod
-    def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
-        """Brings the weights onto a device.
+    def load(self, spec: ModelSpec, *, place: Place, stop: StopCheck) -> LoadedModel:
+        """Brings the weights onto their devices.
 
         Args:
             spec: what to load; has passed check.
-            device: torch's name of the device, for instance "cpu" or "cuda:1".
+            place: which part goes where. In parts only if price gave a structure.
             stop: asked between steps.
 
         Raises:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, ref
+from typing import TYPE_CHECKING
+from weakref import ref
 
 from modelyard_server.runtimes.api import (
     JsonValue,
@@ -15,8 +15,10 @@ from modelyard_server.runtimes.api import (
     Price,
     Runtime,
     StopCheck,
+    Witness,
 )
 from modelyard_server.runtimes.options import OptionReader
+from modelyard_server.runtimes.targets import Place
 from modelyard_server.runtimes.tensors import TensorValue
 
 if TYPE_CHECKING:
@@ -63,17 +65,18 @@ class IdentityRuntime(Runtime):
         """Checks that there are no parameters."""
         _check_parameters(parameters)
 
-    def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
-        """Allocates the ballast and touches every page of it."""
+    def load(self, spec: ModelSpec, *, place: Place, stop: StopCheck) -> LoadedModel:
+        """Allocates the ballast on the home device and touches every page of it."""
         if stop():
             raise LoadCancelled
         size_bytes = _size_bytes(spec)
         if size_bytes == 0:
-            return _IdentityModel(None)
+            return _IdentityModel(None, home=place.target.home)
         import torch
 
         # fill_ and not torch.zeros: the system hands out zeroed pages that take no memory yet.
-        return _IdentityModel(torch.empty(size_bytes, dtype=torch.uint8, device=device).fill_(0))
+        ballast = torch.empty(size_bytes, dtype=torch.uint8, device=place.home).fill_(0)
+        return _IdentityModel(ballast, home=place.target.home)
 
 
 def _size_bytes(spec: ModelSpec) -> int:
@@ -91,8 +94,9 @@ def _check_parameters(parameters: Mapping[str, JsonValue]) -> None:
 class _IdentityModel(LoadedModel):
     brief = True
 
-    def __init__(self, ballast: torch.Tensor | None) -> None:
+    def __init__(self, ballast: torch.Tensor | None, *, home: int) -> None:
         self._ballast = ballast
+        self._home = home
 
     def run(
         self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
@@ -100,11 +104,14 @@ class _IdentityModel(LoadedModel):
         _check_parameters(parameters)
         return tuple(inputs)
 
-    def measured_bytes(self) -> int:
-        return 0 if self._ballast is None else self._ballast.untyped_storage().nbytes()
+    def measured_bytes(self) -> Mapping[int, int]:
+        held = 0 if self._ballast is None else self._ballast.untyped_storage().nbytes()
+        return {self._home: held}
 
-    def witnesses(self) -> tuple[ReferenceType[Any], ...]:
-        return () if self._ballast is None else (ref(self._ballast),)
+    def witnesses(self) -> tuple[Witness, ...]:
+        if self._ballast is None:
+            return ()
+        return (Witness(device=self._home, reference=ref(self._ballast)),)
 
     def close(self) -> None:
         self._ballast = None

@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType
 
 from modelyard_server.runtimes.api import (
     JsonValue,
@@ -22,15 +21,20 @@ from modelyard_server.runtimes.api import (
     Price,
     Runtime,
     StopCheck,
+    Witness,
 )
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.options import OptionReader
+from modelyard_server.runtimes.targets import Place
 from modelyard_server.runtimes.tensors import TensorError, TensorValue
 from modelyard_server.weights.model_files import folder_of, shown
-from modelyard_server.weights.safetensors_files import Checkpoint, read_checkpoint
+from modelyard_server.weights.safetensors_files import read_checkpoint
 
 if TYPE_CHECKING:
     import torch
+
+    from modelyard_server.runtimes.torch_layouts import Layout
+    from modelyard_server.weights.storages import Spread
 
 __all__ = ["TorchRuntime"]
 
@@ -44,23 +48,6 @@ class _Options:
     factory_options: dict[str, JsonValue]
     inputs: tuple[str, ...] | None
     outputs: tuple[str, ...] | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Layout:
-    """What a factory makes.
-
-    Attributes:
-        shapes: shapes of the state dict's tensors.
-        aliases: groups of names of the state dict that are one tensor.
-        computed_bytes: bytes of what is not in the state dict.
-        built_bytes: bytes that building it takes beside the weights: 0 if it can be built on meta.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    aliases: tuple[tuple[str, ...], ...]
-    computed_bytes: int
-    built_bytes: int
 
 
 class TorchRuntime(Runtime):
@@ -88,7 +75,7 @@ class TorchRuntime(Runtime):
         self._allowed_factories = allowed_factories
         self._construction_lock = construction_lock or threading.Lock()
         self._lock = threading.Lock()
-        self._layouts: OrderedDict[str, _Layout] = OrderedDict()
+        self._layouts: OrderedDict[str, Layout] = OrderedDict()
 
     @property
     def name(self) -> str:
@@ -97,8 +84,8 @@ class TorchRuntime(Runtime):
 
     def warm_up(self) -> None:
         """Imports torch and what the weights are mapped with."""
-        import modelyard_server.weights.mapping
-        import modelyard_server.weights.storages  # noqa: F401
+        import modelyard_server.runtimes.torch_layouts
+        import modelyard_server.weights.dispatch  # noqa: F401
 
     def check(self, spec: ModelSpec) -> None:
         """Checks the options; imports nothing and touches no files."""
@@ -110,15 +97,20 @@ class TorchRuntime(Runtime):
 
     def price(self, spec: ModelSpec) -> Price:
         """Says what a load takes: the weights as they are filed, and computed buffers."""
+        from modelyard_server.runtimes.torch_layouts import compare, structure_of
+
         try:
             checkpoint = read_checkpoint(folder_of(spec))
             layout = self._layout(self._read_options(spec))
-            _compare(layout, checkpoint)
+            compare(layout, checkpoint)
+            structure, _ = structure_of(layout, checkpoint)
         except BaseException as error:
             forget_frames(error)
             raise
-        resting = checkpoint.size_bytes + layout.computed_bytes
-        return Price(resting_bytes=resting, peak_bytes=resting + layout.built_bytes)
+        resting = structure.size_bytes
+        return Price(
+            resting_bytes=resting, peak_bytes=resting + layout.built_bytes, structure=structure
+        )
 
     def check_request(
         self,
@@ -130,10 +122,10 @@ class TorchRuntime(Runtime):
         _check_parameters(parameters)
         _input_names(inputs, self._read_options(spec).inputs)
 
-    def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
-        """Maps the weights, builds the module and binds them to it."""
+    def load(self, spec: ModelSpec, *, place: Place, stop: StopCheck) -> LoadedModel:
+        """Maps the weights, builds the module, binds them to it and moves it to its devices."""
         try:
-            return self._load(spec, device, stop)
+            return self._load(spec, place, stop)
         except BaseException as error:
             forget_frames(error)
             raise
@@ -153,29 +145,38 @@ class TorchRuntime(Runtime):
             factory=factory, factory_options=factory_options, inputs=inputs, outputs=outputs
         )
 
-    def _layout(self, options: _Options) -> _Layout:
+    def _layout(self, options: _Options) -> Layout:
+        from modelyard_server.runtimes.torch_layouts import layout_of
+
         key = json.dumps([options.factory, options.factory_options], sort_keys=True, default=repr)
         with self._lock:
             if key in self._layouts:
                 self._layouts.move_to_end(key)
                 return self._layouts[key]
         with self._construction_lock:
-            layout = _layout_of(*_construct(options))
+            layout = layout_of(*_construct(options))
         with self._lock:
             self._layouts[key] = layout
             while len(self._layouts) > _CACHED:
                 self._layouts.popitem(last=False)
         return layout
 
-    def _load(self, spec: ModelSpec, device: str, stop: StopCheck) -> LoadedModel:
+    def _load(self, spec: ModelSpec, place: Place, stop: StopCheck) -> LoadedModel:
+        from modelyard_server.runtimes.torch_layouts import compare, structure_of
+        from modelyard_server.weights.dispatch import check_disk, dispatch
         from modelyard_server.weights.mapping import map_checkpoint
 
         options = self._read_options(spec)
         checkpoint = read_checkpoint(folder_of(spec))
         layout = self._layout(options)
-        _compare(layout, checkpoint)
+        compare(layout, checkpoint)
+        structure, filed = structure_of(layout, checkpoint)
+        on_disk = frozenset(
+            name for index in check_disk(structure, place) if (name := filed[index]) is not None
+        )
         _check_stop(stop)
-        weights = map_checkpoint(folder_of(spec), checkpoint, stop=stop)
+        mapped = map_checkpoint(folder_of(spec), checkpoint, stop=stop, on_disk=on_disk)
+        weights = mapped.tensors
         for names in layout.aliases:
             held = next(name for name in names if name in weights)
             for name in names:
@@ -192,10 +193,20 @@ class TorchRuntime(Runtime):
         except RuntimeError as error:
             raise ModelFilesError("the weights do not fit the factory's module") from error
         weights.clear()
-        if device != "cpu":
-            module.to(device)
-            _check_stop(stop)
-        return _TorchModel(module, options, device=device)
+        spread = dispatch(
+            module,
+            structure,
+            place,
+            extents={
+                index: mapped.extents[name]
+                for index, name in enumerate(filed)
+                if name in mapped.extents
+            },
+            lists_are_chains=False,
+            stop=stop,
+        )
+        _check_stop(stop)
+        return _TorchModel(module, spread, options)
 
 
 def _check_stop(stop: StopCheck) -> None:
@@ -251,55 +262,6 @@ def _is_complete_without_data(module: torch.nn.Module) -> bool:
     return True
 
 
-def _layout_of(module: torch.nn.Module, on_meta: bool) -> _Layout:
-    from modelyard_server.weights.storages import unique_storage_bytes
-
-    state = {
-        name: tensor
-        for name, tensor in module.state_dict(keep_vars=True).items()
-        if hasattr(tensor, "untyped_storage")
-    }
-    names: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
-    built = unique_storage_bytes(module)
-    saved = {
-        (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
-        for tensor in state.values()
-        if not tensor.is_meta
-    }
-    return _Layout(
-        shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
-        aliases=tuple(tuple(group) for group in names.values() if len(group) > 1),
-        computed_bytes=built - sum(size for _, size in saved),
-        built_bytes=0 if on_meta else sum(size for _, size in saved),
-    )
-
-
-def _compare(layout: _Layout, checkpoint: Checkpoint) -> None:
-    tensors = checkpoint.tensors
-    optional = {
-        name
-        for group in layout.aliases
-        if any(other in tensors for other in group)
-        for name in group
-    }
-    for name, shape in layout.shapes.items():
-        if name not in tensors:
-            if name not in optional:
-                raise ModelFilesError(f"the weights lack {shown(name)}, which the factory makes")
-        elif tensors[name].shape != shape:
-            raise ModelFilesError(
-                f"{shown(name)} has shape {list(tensors[name].shape)} in the weights and "
-                f"{list(shape)} in the factory's module"
-            )
-    for name in tensors:
-        if name not in layout.shapes:
-            raise ModelFilesError(
-                f"the weights hold {shown(name)}, which the factory does not make"
-            )
-
-
 def _check_parameters(parameters: Mapping[str, JsonValue]) -> None:
     for name in parameters:
         raise OptionError(name[:64], "is not known here; a torch model has no parameters")
@@ -331,11 +293,11 @@ def _input_names(inputs: Sequence[TensorValue], names: tuple[str, ...] | None) -
 
 
 class _TorchModel(LoadedModel):
-    def __init__(self, module: torch.nn.Module, options: _Options, *, device: str) -> None:
+    def __init__(self, module: torch.nn.Module, spread: Spread, options: _Options) -> None:
         self._module: torch.nn.Module | None = module
+        self._spread = spread
         self._inputs = options.inputs
         self._outputs = options.outputs
-        self._device = device
         self._signature = inspect.signature(module.forward)
 
     def run(
@@ -359,7 +321,7 @@ class _TorchModel(LoadedModel):
         positional: list[torch.Tensor] = []
         named: dict[str, torch.Tensor] = {}
         for name, value in zip(_input_names(inputs, self._inputs), inputs, strict=True):
-            tensor = to_torch(value, device=self._device, writable=True)
+            tensor = to_torch(value, device=self._spread.home_name, writable=True)
             if name:
                 named[name] = tensor
             else:
@@ -407,15 +369,11 @@ class _TorchModel(LoadedModel):
             raise TypeError("the model made a dict whose keys are no names")
         return list(zip(names, values, strict=True))
 
-    def measured_bytes(self) -> int:
-        from modelyard_server.weights.storages import unique_storage_bytes
+    def measured_bytes(self) -> Mapping[int, int]:
+        return {} if self._module is None else self._spread.measured_bytes(self._module)
 
-        return 0 if self._module is None else unique_storage_bytes(self._module)
-
-    def witnesses(self) -> tuple[ReferenceType[Any], ...]:
-        from modelyard_server.weights.storages import witnesses
-
-        return () if self._module is None else witnesses(self._module)
+    def witnesses(self) -> tuple[Witness, ...]:
+        return () if self._module is None else self._spread.witnesses(self._module)
 
     def close(self) -> None:
         self._module = None

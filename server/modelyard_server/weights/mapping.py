@@ -3,22 +3,36 @@
 The mapping is private: a model that writes to its own weights changes its copy of a page, never the
 file. The file itself must not be changed while a model is loaded from it; replacing it by renaming
 another over it is harmless, truncating it is not (see docs on model folders).
+
+Tensors that live on the disk are mapped like the others, but their pages are not read ahead. An
+Extent says where they lie, so that they can be read before they are used and given back afterwards.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 
 from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError, StopCheck
 from modelyard_server.weights.model_files import FolderLike, open_model_file
-from modelyard_server.weights.safetensors_files import Checkpoint, FileHeader
+from modelyard_server.weights.safetensors_files import Checkpoint, FileHeader, TensorHeader
 
-__all__ = ["TORCH_DTYPES", "map_checkpoint"]
+__all__ = [
+    "TORCH_DTYPES",
+    "Extent",
+    "MappedCheckpoint",
+    "joined",
+    "map_checkpoint",
+    "mapped_as_filed",
+    "populate",
+    "release",
+]
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -47,29 +61,133 @@ _MADV_POPULATE_READ = 22
 _CANNOT_READ = frozenset({errno.EFAULT, errno.EIO})
 
 
-def map_checkpoint(
-    folder: FolderLike, checkpoint: Checkpoint, *, stop: StopCheck
-) -> dict[str, torch.Tensor]:
-    """Returns all tensors of a checkpoint by name, each over its own part of the mapped file.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """A range of bytes of a mapped file.
 
-    The mapping lives as long as one of the tensors does.
+    Attributes:
+        mapping: the mapped file.
+        file: its name, for messages.
+        start: where in the file the range begins.
+        size_bytes: its length.
+        address: of its first byte in memory.
+    """
+
+    mapping: mmap.mmap
+    file: str
+    start: int
+    size_bytes: int
+    address: int
+
+    @property
+    def end(self) -> int:
+        """Where in the file the first byte behind it is."""
+        return self.start + self.size_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MappedCheckpoint:
+    """The tensors of a checkpoint, over its mapped files.
+
+    Attributes:
+        tensors: all of them by name.
+        extents: where those lie that are in a mapping, by name: all that mapped_as_filed names and
+            that are not empty.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    extents: dict[str, Extent]
+
+
+def map_checkpoint(
+    folder: FolderLike,
+    checkpoint: Checkpoint,
+    *,
+    stop: StopCheck,
+    on_disk: frozenset[str] = frozenset(),
+) -> MappedCheckpoint:
+    """Returns all tensors of a checkpoint, each over its own part of the mapped file.
+
+    A mapping lives as long as one of its tensors or extents does.
 
     Args:
         folder: the model's folder.
         checkpoint: the headers that were read from it.
         stop: asked while the files are read.
+        on_disk: names of tensors that are to stay on the disk: everything else is read now.
 
     Raises:
         ModelFilesError: a file is not the one whose header was checked, or cannot be read.
         LoadCancelled: stop said so.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    mapped = MappedCheckpoint(tensors={}, extents={})
     for header in checkpoint.files:
-        tensors |= _map_file(folder, header, stop)
-    return tensors
+        _map_file(folder, header, stop, on_disk, mapped)
+    return mapped
 
 
-def _map_file(folder: FolderLike, header: FileHeader, stop: StopCheck) -> dict[str, torch.Tensor]:
+def mapped_as_filed(checkpoint: Checkpoint) -> frozenset[str]:
+    """Names of the tensors that are used where they lie in the file; of the others copies are."""
+    return frozenset(
+        tensor.name
+        for header in checkpoint.files
+        for tensor in header.tensors
+        if _is_aligned(header, tensor)
+    )
+
+
+def joined(extents: Iterable[Extent]) -> tuple[Extent, ...]:
+    """The same bytes as fewer extents: neighbours in one file become one."""
+    merged: list[Extent] = []
+    for extent in sorted(extents, key=lambda extent: (id(extent.mapping), extent.start)):
+        last = merged[-1] if merged else None
+        if last is not None and last.mapping is extent.mapping and extent.start <= last.end:
+            size_bytes = max(last.end, extent.end) - last.start
+            merged[-1] = replace(last, size_bytes=size_bytes)
+        else:
+            merged.append(extent)
+    return tuple(merged)
+
+
+def populate(extents: Iterable[Extent], *, stop: StopCheck = lambda: False) -> None:
+    """Reads the pages of extents into memory.
+
+    Raises:
+        ModelFilesError: the disk fails. Without this call the process would die of a signal when it
+            touches the page.
+        LoadCancelled: stop said so.
+    """
+    for extent in extents:
+        first = extent.start - extent.start % mmap.PAGESIZE
+        _populate(extent.mapping, extent.file, first, extent.end, stop)
+
+
+def release(extents: Iterable[Extent]) -> None:
+    """Gives the pages of extents back to the system; the next use reads them again.
+
+    Only pages that are wholly inside an extent: others share theirs. What was written to the
+    mapping is lost with them.
+    """
+    for extent in extents:
+        first = extent.start + -extent.start % mmap.PAGESIZE
+        last = extent.end - extent.end % mmap.PAGESIZE
+        if last > first:
+            # It is advice: a system that cannot take it keeps the pages until it needs the room.
+            with contextlib.suppress(OSError):
+                extent.mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _is_aligned(header: FileHeader, tensor: TensorHeader) -> bool:
+    return (header.data_start + tensor.begin) % TORCH_DTYPES[tensor.dtype].itemsize == 0
+
+
+def _map_file(
+    folder: FolderLike,
+    header: FileHeader,
+    stop: StopCheck,
+    on_disk: frozenset[str],
+    mapped: MappedCheckpoint,
+) -> None:
     with open_model_file(folder, header.name) as file:
         if file.identity != header.identity:
             raise ModelFilesError(
@@ -79,34 +197,44 @@ def _map_file(folder: FolderLike, header: FileHeader, stop: StopCheck) -> dict[s
             mapping = mmap.mmap(file.descriptor, file.size_bytes, access=mmap.ACCESS_COPY)
         except OSError:
             raise ModelFilesError(f"{header.name} cannot be mapped", transient=True) from None
-    _populate(mapping, header.name, stop)
-    tensors = {}
+    extents = {}
+    whole = torch.frombuffer(mapping, dtype=torch.uint8)
+    for tensor in header.tensors:
+        if tensor.size_bytes:
+            start = header.data_start + tensor.begin
+            extents[tensor.name] = Extent(
+                mapping=mapping,
+                file=header.name,
+                start=start,
+                size_bytes=tensor.size_bytes,
+                address=whole.data_ptr() + start,
+            )
+    populate(joined(extent for name, extent in extents.items() if name not in on_disk), stop=stop)
     for tensor in header.tensors:
         dtype = TORCH_DTYPES[tensor.dtype]
-        start = header.data_start + tensor.begin
-        if tensor.size_bytes == 0:
+        extent = extents.get(tensor.name)
+        if extent is None:
             value = torch.empty(tensor.shape, dtype=dtype)
         else:
             raw = torch.frombuffer(
-                mapping, dtype=torch.uint8, count=tensor.size_bytes, offset=start
+                mapping, dtype=torch.uint8, count=extent.size_bytes, offset=extent.start
             )
-            if start % dtype.itemsize:
+            if _is_aligned(header, tensor):
+                mapped.extents[tensor.name] = extent
+            else:
                 # The format does not align tensors behind an odd one; the processor wants it.
                 raw = raw.clone()
             value = raw.view(dtype).view(tensor.shape)
-        tensors[tensor.name] = value
-    return tensors
+        mapped.tensors[tensor.name] = value
 
 
-def _populate(mapping: mmap.mmap, name: str, stop: StopCheck) -> None:
+def _populate(mapping: mmap.mmap, name: str, first: int, end: int, stop: StopCheck) -> None:
     # In steps, because the call keeps the interpreter's lock and cannot be cancelled.
-    for start in range(0, len(mapping), _POPULATE_STEP_BYTES):
+    for start in range(first, end, _POPULATE_STEP_BYTES):
         if stop():
             raise LoadCancelled
         try:
-            mapping.madvise(
-                _MADV_POPULATE_READ, start, min(_POPULATE_STEP_BYTES, len(mapping) - start)
-            )
+            mapping.madvise(_MADV_POPULATE_READ, start, min(_POPULATE_STEP_BYTES, end - start))
         except OSError as error:
             if error.errno in _CANNOT_READ:
                 raise ModelFilesError(f"{name} cannot be read to its end", transient=True) from None

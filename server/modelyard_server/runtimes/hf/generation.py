@@ -24,6 +24,7 @@ from modelyard_server.runtimes.hf.requests import Sampling, read_writing, texts_
 from modelyard_server.runtimes.hf.tokenizing import TextTokenizer
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.tensors import DType, TensorValue
+from modelyard_server.weights.storages import Spread
 
 __all__ = ["TextGenerator"]
 
@@ -47,14 +48,14 @@ class TextGenerator(HfModel):
     def __init__(
         self,
         module: torch.nn.Module,
+        spread: Spread,
         tokenizer: TextTokenizer,
         *,
-        device: str,
         batch_size: int,
         max_length: int,
         end_ids: Sequence[int],
     ) -> None:
-        super().__init__(module, device=device)
+        super().__init__(module, spread)
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._max_length = max_length
@@ -75,8 +76,12 @@ class TextGenerator(HfModel):
         encodings = self._tokenizer.encode(name, texts)
         answers: list[str] = []
         counts: list[int] = []
+        # The library takes the device of the first parameter for the model's, and warns of tokens
+        # that are elsewhere; but not of tokens on host memory, which find their own way.
+        of_model = self._module.device.type
+        device = self._device if torch.device(self._device).type == of_model else "cpu"
         for part in chunks(len(encodings), self._batch_size):
-            batch = self._tokenizer.batch(encodings[part], device=self._device, pad_left=True)
+            batch = self._tokenizer.batch(encodings[part], device=device, pad_left=True)
             width = batch.ids.shape[1]
             stopping = _StopTexts(self._tokenizer, stops, width, len(batch.ids))
             written = self._module.generate(

@@ -22,6 +22,7 @@ from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
 from modelyard_server.weights.model_config import read_json_object
 from modelyard_server.weights.model_files import FolderLike
+from modelyard_server.weights.storages import Spread
 
 __all__ = ["ImageClassifier", "Preparation", "read_preparation"]
 
@@ -204,12 +205,12 @@ class ImageClassifier(HfModel):
     def __init__(
         self,
         module: torch.nn.Module,
+        spread: Spread,
         preparation: Preparation | None,
         *,
-        device: str,
         batch_size: int,
     ) -> None:
-        super().__init__(module, device=device)
+        super().__init__(module, spread)
         self._preparation = preparation
         self._batch_size = batch_size
         config: Any = module.config

@@ -5,25 +5,30 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from weakref import ReferenceType
 
 import torch
 
-from modelyard_server.runtimes.api import JsonValue, LoadedModel
+from modelyard_server.runtimes.api import JsonValue, LoadedModel, Witness
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.tensors import TensorValue
-from modelyard_server.weights.storages import unique_storage_bytes, witnesses
+from modelyard_server.weights.storages import Spread
 
 __all__ = ["HfModel", "chunks", "labels_of"]
 
 
 class HfModel(LoadedModel):
-    """A model of the library on one device. A task is a subclass with `_answer`."""
+    """A model of the library on its devices. A task is a subclass with `_answer`.
 
-    def __init__(self, module: torch.nn.Module, *, device: str) -> None:
+    Args:
+        module: the model; takes its inputs and gives its outputs on its home device.
+        spread: where its tensors live.
+    """
+
+    def __init__(self, module: torch.nn.Module, spread: Spread) -> None:
         self._held: torch.nn.Module | None = module
-        self._device = device
+        self._spread = spread
+        self._device = spread.home_name
 
     @property
     def _module(self) -> Any:
@@ -48,13 +53,13 @@ class HfModel(LoadedModel):
         self, inputs: Sequence[TensorValue], parameters: OptionReader
     ) -> tuple[TensorValue, ...]: ...
 
-    def measured_bytes(self) -> int:
-        """Bytes of the unique storages the model holds now."""
-        return 0 if self._held is None else unique_storage_bytes(self._held)
+    def measured_bytes(self) -> Mapping[int, int]:
+        """Bytes of the unique storages the model holds now, by device; none once it is closed."""
+        return {} if self._held is None else self._spread.measured_bytes(self._held)
 
-    def witnesses(self) -> tuple[ReferenceType[Any], ...]:
+    def witnesses(self) -> tuple[Witness, ...]:
         """Weak references to the module, its parameters and its buffers."""
-        return () if self._held is None else witnesses(self._held)
+        return () if self._held is None else self._spread.witnesses(self._held)
 
     def close(self) -> None:
         """Drops the module."""

@@ -6,7 +6,7 @@ finds no file that we did not read: adapters, distributed checkpoints and custom
 all looked for there). It takes care of renamed and fused weights and of ties.
 
 Loads take turns: the library sets the process's default type and patches constructors while it
-builds. What remains outside the lock is reading the files and moving to the device.
+builds. What remains outside the lock is reading the files and moving to the devices.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ if TYPE_CHECKING:
 
     from modelyard_server.runtimes.api import JsonValue
     from modelyard_server.runtimes.hf.architectures import Architecture
-    from modelyard_server.runtimes.hf.skeletons import SkeletonCache
+    from modelyard_server.runtimes.hf.skeletons import Pricing, SkeletonCache
+    from modelyard_server.runtimes.targets import Place
     from modelyard_server.runtimes.tensors import TensorValue
     from modelyard_server.weights.model_config import ModelConfig
     from modelyard_server.weights.model_files import FolderLike
     from modelyard_server.weights.safetensors_files import Checkpoint
+    from modelyard_server.weights.storages import Spread
 
 __all__ = ["TASKS", "TransformersRuntime"]
 
@@ -82,7 +84,7 @@ class _Plan:
     architecture: Architecture
     checkpoint: Checkpoint
     dtype: torch.dtype
-    price: Price
+    pricing: Pricing
 
 
 class TransformersRuntime(Runtime):
@@ -116,6 +118,7 @@ class TransformersRuntime(Runtime):
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
         # The modules of the tasks import what the tasks need, a model's class what it needs.
         from modelyard_server.runtimes.hf import architectures, generation, image  # noqa: F401
+        from modelyard_server.weights import dispatch  # noqa: F401
 
         with self._construction_lock:
             _quiet()
@@ -131,7 +134,7 @@ class TransformersRuntime(Runtime):
     def price(self, spec: ModelSpec) -> Price:
         """Says what a load takes, from config.json and the headers of the weights."""
         try:
-            return self._plan(spec).price
+            return self._plan(spec).pricing.price
         except BaseException as error:
             forget_frames(error)
             raise
@@ -145,10 +148,10 @@ class TransformersRuntime(Runtime):
         """Checks parameters, and number, type and rank of the inputs, by the task alone."""
         check_request(spec.task, inputs, OptionReader(parameters))
 
-    def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
-        """Maps the weights, builds the model over them and moves it to the device."""
+    def load(self, spec: ModelSpec, *, place: Place, stop: StopCheck) -> LoadedModel:
+        """Maps the weights, builds the model over them and moves its parts to their devices."""
         try:
-            return self._load(spec, device, stop)
+            return self._load(spec, place, stop)
         except BaseException as error:
             # A load that failed half way holds a model half way; its error must not.
             forget_frames(error)
@@ -168,29 +171,43 @@ class TransformersRuntime(Runtime):
             architecture=architecture,
             checkpoint=checkpoint,
             dtype=dtype,
-            price=price_of(skeleton, checkpoint),
+            pricing=price_of(skeleton, checkpoint),
         )
 
-    def _load(self, spec: ModelSpec, device: str, stop: StopCheck) -> LoadedModel:
+    def _load(self, spec: ModelSpec, place: Place, stop: StopCheck) -> LoadedModel:
+        from modelyard_server.weights.dispatch import check_disk, dispatch
         from modelyard_server.weights.mapping import map_checkpoint
 
         options = _read_options(spec)
         _check_stop(stop)
         plan = self._plan(spec)
+        structure, filed = plan.pricing.structure, plan.pricing.filed
+        on_disk = frozenset(
+            name for index in check_disk(structure, place) if (name := filed[index]) is not None
+        )
         _check_stop(stop)
-        weights = map_checkpoint(folder_of(spec), plan.checkpoint, stop=stop)
+        mapped = map_checkpoint(folder_of(spec), plan.checkpoint, stop=stop, on_disk=on_disk)
         with self._construction_lock:
             _check_stop(stop)
             _quiet()
-            module = _build(plan, weights)
-        weights.clear()
+            module = _build(plan, mapped.tensors)
+        mapped.tensors.clear()
         module.eval()
         module.requires_grad_(False)
         _check_stop(stop)
-        if device != "cpu":
-            module.to(device)
-            _check_stop(stop)
-        return _with_task(module, spec, options, device)
+        spread = dispatch(
+            module,
+            structure,
+            place,
+            extents={
+                index: mapped.extents[name]
+                for index, name in enumerate(filed)
+                if name in mapped.extents
+            },
+            lists_are_chains=True,
+            stop=stop,
+        )
+        return _with_task(module, spread, spec, options)
 
 
 def _check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
@@ -276,7 +293,7 @@ def _build(plan: _Plan, weights: dict[str, torch.Tensor]) -> Any:
     return module
 
 
-def _with_task(module: Any, spec: ModelSpec, options: _Options, device: str) -> LoadedModel:
+def _with_task(module: Any, spread: Spread, spec: ModelSpec, options: _Options) -> LoadedModel:
     from modelyard_server.runtimes.hf.generation import TextGenerator
     from modelyard_server.runtimes.hf.image import ImageClassifier, read_preparation
     from modelyard_server.runtimes.hf.text import FeatureExtractor, MaskFiller, TextClassifier
@@ -288,7 +305,7 @@ def _with_task(module: Any, spec: ModelSpec, options: _Options, device: str) -> 
     if spec.task == "image-classification":
         channels = getattr(config, "num_channels", 3)
         preparation = read_preparation(folder, channels=channels)
-        return ImageClassifier(module, preparation, device=device, batch_size=batch_size)
+        return ImageClassifier(module, spread, preparation, batch_size=batch_size)
     embeddings = module.get_input_embeddings()
     if module.main_input_name != "input_ids" or embeddings is None:
         raise ModelFilesError(f"a {type(module).__name__} does not take texts")
@@ -305,8 +322,8 @@ def _with_task(module: Any, spec: ModelSpec, options: _Options, device: str) -> 
         case "feature-extraction":
             return FeatureExtractor(
                 module,
+                spread,
                 tokenizer,
-                device=device,
                 batch_size=batch_size,
                 pooling=options.pooling,
                 normalize=options.normalize,
@@ -315,18 +332,16 @@ def _with_task(module: Any, spec: ModelSpec, options: _Options, device: str) -> 
             if pad_id is None and hasattr(module, "score"):
                 # Decoders classify by the last token, and find it by the padding behind it.
                 batch_size = 1
-            return TextClassifier(module, tokenizer, device=device, batch_size=batch_size)
+            return TextClassifier(module, spread, tokenizer, batch_size=batch_size)
         case "fill-mask":
             if tokenizer.mask_id is None:
                 raise ModelFilesError("the tokenizer has no mask token; fill-mask needs one")
-            return MaskFiller(
-                module, tokenizer, device=device, batch_size=batch_size, top_k=options.top_k
-            )
+            return MaskFiller(module, spread, tokenizer, batch_size=batch_size, top_k=options.top_k)
         case _:
             return TextGenerator(
                 module,
+                spread,
                 tokenizer,
-                device=device,
                 batch_size=batch_size,
                 max_length=max_length,
                 end_ids=_end_ids(folder, config),

@@ -10,22 +10,23 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 
 from modelyard_server.runtimes.api import ModelFilesError, Price
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.hf.architectures import Architecture
-from modelyard_server.weights.mapping import TORCH_DTYPES
+from modelyard_server.runtimes.hf.renaming import Renaming
+from modelyard_server.runtimes.targets import Structure, TensorPart
+from modelyard_server.weights.mapping import TORCH_DTYPES, mapped_as_filed
 from modelyard_server.weights.model_config import CONFIG_FILE
 from modelyard_server.weights.model_files import shown
 from modelyard_server.weights.safetensors_files import Checkpoint, TensorHeader
+from modelyard_server.weights.structures import blocks_of, tensors_of, units_of
 
-__all__ = ["Skeleton", "SkeletonCache", "checkpoint_dtype", "price_of"]
+__all__ = ["Pricing", "Skeleton", "SkeletonCache", "checkpoint_dtype", "price_of"]
 
 _CACHED = 64
 _BUFFER_SLACK_BYTES = 64 << 20
@@ -34,17 +35,21 @@ _BUFFER_SLACK_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkeletonTensor:
-    """A parameter of the model, tied ones once.
+    """A parameter or buffer of the model, tied ones once.
 
     Attributes:
         names: every name it goes by.
         shape: sizes of its dimensions.
         dtype: what it will be loaded as.
+        is_buffer: it is a buffer.
+        is_filed: weights hold it. Parameters, and buffers that are saved.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    is_buffer: bool
+    is_filed: bool
 
     @property
     def element_count(self) -> int:
@@ -61,15 +66,42 @@ class Skeleton:
 
     Attributes:
         prefix: what the names of its body start with in a model with a head, for instance "bert.".
-        parameters: the distinct parameters.
-        buffer_bytes: bytes of the distinct buffers.
-        fuses: the library computes some of the parameters from several of the file's tensors.
+        tensors: the distinct parameters and buffers, in the order of the model.
+        structure: of a model whose weights hold every parameter as it is used, and no buffers.
+        renaming: what the library makes of the names in the file.
     """
 
     prefix: str
-    parameters: tuple[SkeletonTensor, ...]
-    buffer_bytes: int
-    fuses: bool
+    tensors: tuple[SkeletonTensor, ...]
+    structure: Structure
+    renaming: Renaming
+
+    @property
+    def parameters(self) -> tuple[SkeletonTensor, ...]:
+        """The distinct parameters."""
+        return tuple(tensor for tensor in self.tensors if not tensor.is_buffer)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the distinct buffers."""
+        sizes = zip(self.tensors, self.structure.tensors, strict=True)
+        return sum(part.size_bytes for tensor, part in sizes if tensor.is_buffer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pricing:
+    """A price, and where the weights hold what it is for.
+
+    Attributes:
+        price: of the model.
+        structure: the price's.
+        filed: for each tensor of the structure that is used as the weights hold it, its
+            name there; None for the others.
+    """
+
+    price: Price
+    structure: Structure
+    filed: tuple[str | None, ...]
 
 
 class SkeletonCache:
@@ -123,30 +155,67 @@ def _build(architecture: Architecture, dtype: torch.dtype) -> Skeleton:
         )
     # The library keeps some parameters of some models in 32 bits, by patterns of their names.
     in_32_bits = [re.compile(pattern) for pattern in model._get_dtype_plan(dtype)]
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, torch.Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        tensors[id(parameter)] = parameter
-    parameters = tuple(
-        SkeletonTensor(
-            names=tuple(names[key]),
-            shape=tuple(tensor.shape),
-            dtype=torch.float32
-            if any(pattern.search(name) for pattern in in_32_bits for name in names[key])
-            else tensor.dtype,
+    saved = frozenset(model.state_dict())
+    tensors = []
+    for found in tensors_of(model):
+        own_dtype = found.tensor.dtype
+        if not found.is_buffer and any(
+            pattern.search(name) for pattern in in_32_bits for name in found.names
+        ):
+            own_dtype = torch.float32
+        tensors.append(
+            SkeletonTensor(
+                names=found.names,
+                shape=tuple(found.tensor.shape),
+                dtype=own_dtype,
+                is_buffer=found.is_buffer,
+                is_filed=not found.is_buffer or not saved.isdisjoint(found.names),
+            )
         )
-        for key, tensor in tensors.items()
+    structure = Structure(
+        tensors=tuple(
+            TensorPart(
+                names=tensor.names,
+                size_bytes=tensor.element_count * tensor.dtype.itemsize,
+                is_buffer=tensor.is_buffer,
+                as_filed=not tensor.is_buffer,
+            )
+            for tensor in tensors
+        ),
+        blocks=_blocks(model),
+        units=units_of(model),
     )
-    buffers = {id(buffer): buffer for buffer in model.buffers()}
     return Skeleton(
         prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
-        parameters=parameters,
-        buffer_bytes=sum(buffer.numel() * buffer.itemsize for buffer in buffers.values()),
-        fuses=any(
-            isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model)
-        ),
+        tensors=tuple(tensors),
+        structure=structure,
+        renaming=Renaming(model),
     )
+
+
+def _blocks(model: Any) -> tuple[str, ...]:
+    """Where the library's models are not cut.
+
+    The classes that the model says must not be split; of a model that says none, the elements of
+    its lists of layers. Outside of them, modules with tensors of their own.
+    """
+    classes = frozenset(model._no_split_modules or ())
+    unsplit = {id(part) for part in model.modules() if type(part).__name__ in classes}
+    if not unsplit:
+        unsplit = {
+            id(layer)
+            for part in model.modules()
+            if isinstance(part, torch.nn.ModuleList)
+            for layer in part
+        }
+
+    def is_block(part: torch.nn.Module) -> bool:
+        return id(part) in unsplit
+
+    def splits(part: torch.nn.Module) -> bool:
+        return any(is_block(below) for below in part.modules() if below is not part)
+
+    return blocks_of(model, is_block=is_block, splits=splits)
 
 
 def checkpoint_dtype(asked: str | None, checkpoint: Checkpoint) -> torch.dtype:
@@ -166,7 +235,7 @@ def checkpoint_dtype(asked: str | None, checkpoint: Checkpoint) -> torch.dtype:
     return torch.float32
 
 
-def price_of(skeleton: Skeleton, checkpoint: Checkpoint) -> Price:
+def price_of(skeleton: Skeleton, checkpoint: Checkpoint) -> Pricing:
     """Compares a skeleton with the weights that are to fill it, and says what that will take.
 
     Raises:
@@ -184,13 +253,13 @@ def price_of(skeleton: Skeleton, checkpoint: Checkpoint) -> Price:
             f"{CONFIG_FILE} describes a model with {skeleton.buffer_bytes} bytes of buffers, more "
             "than its weights have"
         )
-    filed = {TORCH_DTYPES[tensor.dtype] for tensor in tensors.values()}
-    copies = skeleton.fuses
+    filed_types = {TORCH_DTYPES[tensor.dtype] for tensor in tensors.values()}
+    copies = skeleton.renaming.computes
     for parameter in skeleton.parameters:
         found = _find(parameter, skeleton.prefix, tensors)
         if found is None:
             # Under a name that the library translates; it checks when it loads.
-            copies = copies or filed != {parameter.dtype}
+            copies = copies or filed_types != {parameter.dtype}
             continue
         if found.element_count != parameter.element_count:
             raise ModelFilesError(
@@ -198,18 +267,50 @@ def price_of(skeleton: Skeleton, checkpoint: Checkpoint) -> Price:
                 f"{list(parameter.shape)} by {CONFIG_FILE}"
             )
         copies = copies or TORCH_DTYPES[found.dtype] != parameter.dtype
-    resting = skeleton.buffer_bytes + sum(
-        parameter.element_count * parameter.dtype.itemsize for parameter in skeleton.parameters
-    )
+    filed = _filed(skeleton, checkpoint, tensors)
+    structure = _structure(skeleton.structure, filed)
+    resting = structure.size_bytes
     # What is neither converted nor fused is mapped where it lies and never exists twice.
     peak = resting + (checkpoint.size_bytes if copies else 0)
-    return Price(resting_bytes=resting, peak_bytes=peak)
+    price = Price(resting_bytes=resting, peak_bytes=peak, structure=structure)
+    return Pricing(price=price, structure=structure, filed=filed)
+
+
+def _filed(
+    skeleton: Skeleton, checkpoint: Checkpoint, tensors: dict[str, TensorHeader]
+) -> tuple[str | None, ...]:
+    """For each tensor of a skeleton its name in the file, if it is used as it lies there."""
+    in_place = mapped_as_filed(checkpoint)
+    sources = skeleton.renaming.sources(frozenset(tensors))
+    filed: list[str | None] = []
+    for tensor in skeleton.tensors:
+        # Of a tied tensor that is filed twice only the library knows which it takes.
+        names = {sources[name] for name in tensor.names if name in sources}
+        found = tensors[names.pop()] if tensor.is_filed and len(names) == 1 else None
+        stays = (
+            found is not None
+            and TORCH_DTYPES[found.dtype] == tensor.dtype
+            and found.shape == tensor.shape
+            and found.name in in_place
+        )
+        filed.append(found.name if found is not None and stays else None)
+    return tuple(filed)
+
+
+def _structure(usual: Structure, filed: tuple[str | None, ...]) -> Structure:
+    parts = zip(usual.tensors, filed, strict=True)
+    if all(part.as_filed == (name is not None) for part, name in parts):
+        # Nearly always, and a thousand models of one architecture then share one structure.
+        return usual
+    parts = zip(usual.tensors, filed, strict=True)
+    tensors = tuple(replace(part, as_filed=name is not None) for part, name in parts)
+    return replace(usual, tensors=tensors)
 
 
 def _find(
-    parameter: SkeletonTensor, prefix: str, tensors: dict[str, TensorHeader]
+    tensor: SkeletonTensor, prefix: str, tensors: dict[str, TensorHeader]
 ) -> TensorHeader | None:
-    for name in parameter.names:
+    for name in tensor.names:
         for candidate in (name, prefix + name, name.removeprefix(prefix) if prefix else name):
             if candidate in tensors:
                 return tensors[candidate]

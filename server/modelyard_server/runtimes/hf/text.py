@@ -15,15 +15,21 @@ from modelyard_server.runtimes.hf.requests import read_top_k, texts_of
 from modelyard_server.runtimes.hf.tokenizing import TextTokenizer, TokenBatch
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
+from modelyard_server.weights.storages import Spread
 
 __all__ = ["FeatureExtractor", "MaskFiller", "TextClassifier", "classify"]
 
 
 class _TextModel(HfModel):
     def __init__(
-        self, module: torch.nn.Module, tokenizer: TextTokenizer, *, device: str, batch_size: int
+        self,
+        module: torch.nn.Module,
+        spread: Spread,
+        tokenizer: TextTokenizer,
+        *,
+        batch_size: int,
     ) -> None:
-        super().__init__(module, device=device)
+        super().__init__(module, spread)
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         # GPT-2 would take them too, and add the embedding of token 0 to every token.
@@ -57,14 +63,14 @@ class FeatureExtractor(_TextModel):
     def __init__(
         self,
         module: torch.nn.Module,
+        spread: Spread,
         tokenizer: TextTokenizer,
         *,
-        device: str,
         batch_size: int,
         pooling: str,
         normalize: bool,
     ) -> None:
-        super().__init__(module, tokenizer, device=device, batch_size=batch_size)
+        super().__init__(module, spread, tokenizer, batch_size=batch_size)
         self._pooling = pooling
         self._normalize = normalize
 
@@ -164,13 +170,13 @@ class MaskFiller(_TextModel):
     def __init__(
         self,
         module: torch.nn.Module,
+        spread: Spread,
         tokenizer: TextTokenizer,
         *,
-        device: str,
         batch_size: int,
         top_k: int,
     ) -> None:
-        super().__init__(module, tokenizer, device=device, batch_size=batch_size)
+        super().__init__(module, spread, tokenizer, batch_size=batch_size)
         self._top_k = top_k
 
     def _answer(
