@@ -8,6 +8,7 @@ from typing import Any
 
 from modelyard_server.execution.engine import DeviceMemory, RunOutcome
 from modelyard_server.runtimes.api import JsonValue, LoadCancelled, ModelSpec, Price
+from modelyard_server.runtimes.targets import Structure, Target
 from modelyard_server.runtimes.tensors import TensorValue
 
 __all__ = ["FakeClock", "FakeEngine", "FakeRun", "PendingLoad", "PendingUnload", "turns"]
@@ -36,18 +37,34 @@ class FakeClock:
 
 
 class PendingLoad:
-    """A load that runs until it is ended."""
+    """A load that runs until it is ended.
 
-    def __init__(self, model: int, spec: ModelSpec, device: int) -> None:
+    Args:
+        model: its id.
+        spec: what is loaded.
+        target: where to.
+        sizes: bytes it holds in the end, by position of the device, if the test says nothing else.
+    """
+
+    def __init__(
+        self, model: int, spec: ModelSpec, target: Target, sizes: Mapping[int, int]
+    ) -> None:
         self.model = model
         self.spec = spec
-        self.device = device
+        self.target = target
+        self.sizes = sizes
         self.cancelled = False
-        self.future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Mapping[int, int]] = loop.create_future()
 
-    def finish(self, size_bytes: int) -> None:
-        """It holds size_bytes."""
-        self.future.set_result(size_bytes)
+    @property
+    def device(self) -> int:
+        """The home device."""
+        return self.target.home
+
+    def finish(self, sizes: int | Mapping[int, int] | None = None) -> None:
+        """It holds these bytes: a number is all on the home device, None is what was declared."""
+        self.future.set_result(_by_device(self.sizes if sizes is None else sizes, self.device))
 
     def fail(self, error: Exception) -> None:
         """It holds nothing."""
@@ -55,16 +72,30 @@ class PendingLoad:
 
 
 class PendingUnload:
-    """An unload that runs until it is ended."""
+    """An unload that runs until it is ended.
 
-    def __init__(self, model: int, size_bytes: int) -> None:
+    Args:
+        model: its id.
+        home: position of its home device.
+        sizes: bytes it holds, by position of the device.
+    """
+
+    def __init__(self, model: int, home: int, sizes: Mapping[int, int]) -> None:
         self.model = model
-        self.size_bytes = size_bytes
-        self.future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.home = home
+        self.sizes = sizes
+        loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Mapping[int, int]] = loop.create_future()
 
-    def finish(self, leaked: int = 0) -> None:
-        """All is back but `leaked` bytes."""
-        self.future.set_result(self.size_bytes - leaked)
+    def finish(self, leaked: int | Mapping[int, int] = 0) -> None:
+        """All is back but the leaked bytes; a number is on the home device."""
+        missing = _by_device(leaked, self.home)
+        back = {device: size - missing.get(device, 0) for device, size in self.sizes.items()}
+        self.future.set_result(back)
+
+
+def _by_device(sizes: int | Mapping[int, int], home: int) -> Mapping[int, int]:
+    return {home: sizes} if isinstance(sizes, int) else dict(sizes)
 
 
 class FakeRun:
@@ -97,14 +128,18 @@ class FakeEngine:
 
     Attributes:
         prices: peak bytes, by the model's name; 100 for others.
+        structures: what models are made of, by their name; others cannot be cut.
+        sizes: bytes that a model holds once loaded, by its name and by position of the device;
+            others hold their price on their home device. Tests may say otherwise load by load.
         price_errors: what pricing raises, by the model's name.
         price_gate: pricing waits for it, if it is set.
         check_error: what check raises.
         loads: loads that run, by model.
         load_log: names in the order their loads began.
         unloads: unloads that run, by model.
-        held: bytes and device of what is loaded, by model.
-        back: what the next recheck of a model finds on a device.
+        held: bytes of what is loaded, by model and by position of the device.
+        homes: position of the home device of what is loaded, by model.
+        back: what the next recheck finds, by model and device.
         rechecks: models in the order they were looked at again.
         runs: what was given to run.
         run_error: what run raises.
@@ -112,6 +147,8 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.prices: dict[str, int] = {}
+        self.structures: dict[str, Structure] = {}
+        self.sizes: dict[str, Mapping[int, int]] = {}
         self.price_errors: dict[str, Exception] = {}
         self.price_gate: asyncio.Event | None = None
         self.priced: list[str] = []
@@ -120,7 +157,8 @@ class FakeEngine:
         self.loads: dict[int, PendingLoad] = {}
         self.load_log: list[str] = []
         self.unloads: dict[int, PendingUnload] = {}
-        self.held: dict[int, tuple[int, int]] = {}
+        self.held: dict[int, Mapping[int, int]] = {}
+        self.homes: dict[int, int] = {}
         self.back: dict[tuple[int, int], int] = {}
         self.rechecks: list[int] = []
         self.runs: list[FakeRun] = []
@@ -155,20 +193,24 @@ class FakeEngine:
         if (error := self.price_errors.get(spec.name)) is not None:
             raise error
         size_bytes = self.prices.get(spec.name, 100)
-        return Price(resting_bytes=size_bytes, peak_bytes=size_bytes)
+        structure = self.structures.get(spec.name)
+        return Price(resting_bytes=size_bytes, peak_bytes=size_bytes, structure=structure)
 
-    async def load(self, model: int, spec: ModelSpec, device: int) -> int:
+    async def load(self, model: int, spec: ModelSpec, target: Target) -> Mapping[int, int]:
         """Waits until the test ends it."""
         assert model not in self.loads, "one load of a model at a time"
         assert model not in self.held, "it is loaded already"
-        pending = self.loads[model] = PendingLoad(model, spec, device)
+        sizes = self.sizes.get(spec.name, {target.home: self.prices.get(spec.name, 100)})
+        pending = self.loads[model] = PendingLoad(model, spec, target, sizes)
         self.load_log.append(spec.name)
         try:
-            size_bytes = await pending.future
+            sizes = await pending.future
         finally:
             del self.loads[model]
-        self.held[model] = (size_bytes, device)
-        return size_bytes
+        assert set(sizes) <= set(target.devices), "bytes on devices it was not given"
+        self.held[model] = sizes
+        self.homes[model] = target.home
+        return sizes
 
     def cancel_load(self, model: int) -> None:
         """Ends a load that runs, if the test has not."""
@@ -177,19 +219,20 @@ class FakeEngine:
             if not pending.future.done():
                 pending.fail(LoadCancelled())
 
-    async def unload(self, model: int) -> int:
+    async def unload(self, model: int) -> Mapping[int, int]:
         """Waits until the test ends it."""
-        size_bytes, _ = self.held.pop(model)
-        pending = self.unloads[model] = PendingUnload(model, size_bytes)
+        sizes, home = self.held.pop(model), self.homes.pop(model)
+        pending = self.unloads[model] = PendingUnload(model, home, sizes)
         try:
             return await pending.future
         finally:
             del self.unloads[model]
 
-    async def recheck(self, model: int, device: int) -> int:
+    async def recheck(self, model: int) -> Mapping[int, int]:
         """Answers with what the test put there, once."""
         self.rechecks.append(model)
-        return self.back.pop((model, device), 0)
+        found = [key for key in self.back if key[0] == model]
+        return {device: self.back.pop((model, device)) for _, device in found}
 
     def run(
         self,
@@ -207,5 +250,5 @@ class FakeEngine:
 
     def memory(self, device: int) -> DeviceMemory:
         """What is loaded there."""
-        size_bytes = sum(size for size, where in self.held.values() if where == device)
+        size_bytes = sum(sizes.get(device, 0) for sizes in self.held.values())
         return DeviceMemory(measured_bytes=size_bytes, peak_measured_bytes=size_bytes)

@@ -5,111 +5,34 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
-from weakref import ReferenceType, ref
 
 import pytest
+from tests.support.toy_engine import (
+    INPUT,
+    PATIENCE_S,
+    Answer,
+    BriefToy,
+    Toy,
+    ToyRuntime,
+    Weights,
+    running_engine,
+    spec_of,
+    toy_devices,
+)
 
-from modelyard_server.execution.engine import EngineDevice, ModelFailed, RunOutcome, Work
+from modelyard_server.execution.engine import ModelFailed
 from modelyard_server.execution.thread_engine import ThreadEngine
 from modelyard_server.runtimes.api import (
-    JsonValue,
     LoadCancelled,
-    LoadedModel,
     ModelFilesError,
     ModelSpec,
     OptionError,
-    Price,
-    Runtime,
     StopCheck,
 )
-from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
-
-PATIENCE_S = 10
-INPUT = TensorValue(name="x", dtype=DType.UINT8, shape=(3,), data=b"abc")
-
-
-class Weights:
-    """What a model holds."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
-
-
-class Toy(LoadedModel):
-    """Does what its spec's options say."""
-
-    def __init__(self, size_bytes: int, behaviour: Callable[[Toy], Any]) -> None:
-        self.weights: Weights | None = Weights(size_bytes)
-        self._behaviour = behaviour
-
-    def run(
-        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
-    ) -> tuple[TensorValue, ...]:
-        kept = self.weights  # A local that an exception's frames would hold.
-        assert kept is not None
-        self._behaviour(self)
-        return tuple(inputs)
-
-    def measured_bytes(self) -> int:
-        return self.weights.size_bytes if self.weights is not None else 0
-
-    def witnesses(self) -> tuple[ReferenceType[Any], ...]:
-        return (ref(self.weights),) if self.weights is not None else ()
-
-    def close(self) -> None:
-        self.weights = None
-
-
-class BriefToy(Toy):
-    brief = True
-
-
-class ToyRuntime(Runtime):
-    """Loads toys. `on_load` is called in the loader's thread, with weights and stop check."""
-
-    def __init__(self) -> None:
-        self.on_load: Callable[[Weights, StopCheck], None] = lambda weights, stop: None
-        self.on_run: Callable[[Toy], Any] = lambda toy: None
-        self.kind: type[Toy] = Toy
-        self.witnesses: list[ReferenceType[Weights]] = []
-        self.loaded: list[ReferenceType[Toy]] = []
-        self.threads: list[str] = []
-        self.devices: list[str] = []
-        self.warm_ups = 0
-
-    @property
-    def name(self) -> str:
-        return "toy"
-
-    def warm_up(self) -> None:
-        self.warm_ups += 1
-
-    def check(self, spec: ModelSpec) -> None:
-        if spec.task:
-            raise OptionError("task", "there is none")
-
-    def price(self, spec: ModelSpec) -> Price:
-        if spec.options.get("broken"):
-            raise ModelFilesError("cut short")
-        if gate := spec.options.get("gate"):
-            gate.wait(PATIENCE_S)
-        return Price(resting_bytes=spec.options["size"], peak_bytes=spec.options["size"])
-
-    def load(self, spec: ModelSpec, *, device: str, stop: StopCheck) -> LoadedModel:
-        self.threads.append(threading.current_thread().name)
-        self.devices.append(device)
-        toy = self.kind(spec.options["size"], self.on_run)
-        assert toy.weights is not None
-        self.witnesses.append(ref(toy.weights))
-        self.loaded.append(ref(toy))
-        self.on_load(toy.weights, stop)
-        return toy
-
-
-def spec_of(name: str = "m", size: int = 100, **options: Any) -> ModelSpec:
-    return ModelSpec(name=name, runtime="toy", options={"size": size} | options)
+from modelyard_server.runtimes.targets import Place, Target
+from modelyard_server.runtimes.tensors import TensorError
 
 
 @pytest.fixture
@@ -119,39 +42,8 @@ def runtime() -> ToyRuntime:
 
 @pytest.fixture
 async def engine(runtime: ToyRuntime) -> AsyncIterator[ThreadEngine]:
-    unexpected: list[dict[str, Any]] = []
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, context: unexpected.append(context))
-    before = set(threading.enumerate())
-    made = ThreadEngine(
-        devices=[EngineDevice(name=f"toy{i}", torch_device="cpu", threads=1) for i in range(2)],
-        runtimes={"toy": runtime},
-    )
-    await made.start(["toy"])
-    yield made
-    await asyncio.wait_for(made.stop(PATIENCE_S), PATIENCE_S)
-    left = [t.name for t in set(threading.enumerate()) - before if "toy" in t.name]
-    assert not left
-    assert not unexpected
-
-
-class Answer:
-    """The outcome of a run."""
-
-    def __init__(self, engine: ThreadEngine, model: int, *inputs: TensorValue) -> None:
-        self.outcomes: list[RunOutcome | None] = []
-        self._done = asyncio.Event()
-        self.work: Work = engine.run(model, inputs or (INPUT,), {}, self._on_done)
-
-    def _on_done(self, outcome: RunOutcome | None) -> None:
-        self.outcomes.append(outcome)
-        self._done.set()
-
-    async def get(self) -> RunOutcome | None:
-        async with asyncio.timeout(PATIENCE_S):
-            await self._done.wait()
-        (outcome,) = self.outcomes
-        return outcome
+    async with running_engine(runtime, toy_devices("cpu", "cpu")) as made:
+        yield made
 
 
 # --- Loading and unloading ------------------------------------------------------------------------
@@ -162,18 +54,20 @@ async def test_what_is_loaded_is_measured_and_what_is_unloaded_is_back(
 ) -> None:
     assert runtime.warm_ups == 1
     assert (await engine.price(spec_of(size=70))).peak_bytes == 70
-    assert await engine.load(1, spec_of("a", 100), 0) == 100
-    assert await engine.load(2, spec_of("b", 30), 0) == 30
-    assert await engine.load(3, spec_of("c", 5), 1) == 5
+    assert await engine.load(1, spec_of("a", 100), Target.whole(0)) == {0: 100}
+    assert await engine.load(2, spec_of("b", 30), Target.whole(0)) == {0: 30}
+    assert await engine.load(3, spec_of("c", 5), Target.whole(1)) == {1: 5}
     assert engine.memory(0).measured_bytes == 130
     assert engine.memory(1).measured_bytes == 5
-    assert await engine.unload(1) == 100
+    assert await engine.unload(1) == {0: 100}
     assert engine.memory(0).measured_bytes == 30
     assert engine.memory(0).peak_measured_bytes == 130
-    assert await engine.load(1, spec_of("a", 20), 1) == 20
+    assert await engine.load(1, spec_of("a", 20), Target.whole(1)) == {1: 20}
     assert engine.memory(0).peak_measured_bytes == 130
     assert engine.memory(1).peak_measured_bytes == 25
-    assert runtime.devices == ["cpu"] * 4
+    assert runtime.places == [
+        Place(target=Target.whole(device), torch_devices={device: "cpu"}) for device in (0, 0, 1, 1)
+    ]
 
 
 async def test_an_unload_leaves_no_reference_behind(
@@ -181,10 +75,10 @@ async def test_an_unload_leaves_no_reference_behind(
 ) -> None:
     gc.disable()
     try:
-        await engine.load(1, spec_of(), 0)
+        await engine.load(1, spec_of(), Target.whole(0))
         answer = Answer(engine, 1)
         assert await answer.get() == (INPUT,)
-        assert await engine.unload(1) == 100
+        assert await engine.unload(1) == {0: 100}
         assert runtime.witnesses[0]() is None
         assert runtime.loaded[0]() is None
     finally:
@@ -198,25 +92,25 @@ async def test_a_cycle_through_the_model_is_collected(
         weights.__dict__["me"] = weights
 
     runtime.on_load = tie
-    await engine.load(1, spec_of(), 0)
-    assert await engine.unload(1) == 100
+    await engine.load(1, spec_of(), Target.whole(0))
+    assert await engine.unload(1) == {0: 100}
     assert engine.memory(0).measured_bytes == 0
 
 
 async def test_a_model_that_is_kept_alive_is_no_memory_back_until_it_dies(
     engine: ThreadEngine, runtime: ToyRuntime
 ) -> None:
-    await engine.load(1, spec_of(), 0)
+    await engine.load(1, spec_of(), Target.whole(0))
     kept = runtime.witnesses[0]()
-    assert await engine.unload(1) == 0
+    assert await engine.unload(1) == {0: 0}
     assert engine.memory(0).measured_bytes == 100
-    assert await engine.recheck(1, 0) == 0
-    assert await engine.recheck(1, 0) == 0
+    assert await engine.recheck(1) == {}
+    assert await engine.recheck(1) == {}
     del kept
-    assert await engine.recheck(1, 0) == 100
+    assert await engine.recheck(1) == {0: 100}
     assert engine.memory(0).measured_bytes == 0
-    assert await engine.recheck(1, 0) == 0
-    assert await engine.recheck(99, 0) == 0
+    assert await engine.recheck(1) == {}
+    assert await engine.recheck(99) == {}
 
 
 async def test_each_leak_of_a_model_comes_back_by_itself(
@@ -224,14 +118,14 @@ async def test_each_leak_of_a_model_comes_back_by_itself(
 ) -> None:
     kept: list[Weights | None] = []
     for size in (100, 30):
-        await engine.load(1, spec_of(size=size), 0)
+        await engine.load(1, spec_of(size=size), Target.whole(0))
         kept.append(runtime.witnesses[-1]())
-        assert await engine.unload(1) == 0
+        assert await engine.unload(1) == {0: 0}
     kept[0] = None
-    assert await engine.recheck(1, 0) == 100
+    assert await engine.recheck(1) == {0: 100}
     assert engine.memory(0).measured_bytes == 30
     kept[1] = None
-    assert await engine.recheck(1, 0) == 30
+    assert await engine.recheck(1) == {0: 30}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +141,7 @@ async def test_a_load_that_fails_holds_nothing(
     gc.disable()
     try:
         with pytest.raises(type(error)) as caught:
-            await engine.load(1, spec_of(), 0)
+            await engine.load(1, spec_of(), Target.whole(0))
         assert caught.value is error
         assert runtime.witnesses[0]() is None
         assert engine.memory(0).measured_bytes == 0
@@ -255,7 +149,7 @@ async def test_a_load_that_fails_holds_nothing(
     finally:
         gc.enable()
     runtime.on_load = lambda weights, stop: None
-    assert await engine.load(1, spec_of(), 0) == 100
+    assert await engine.load(1, spec_of(), Target.whole(0)) == {0: 100}
 
 
 async def test_a_failed_load_holds_nothing_through_the_cause_of_its_error(
@@ -271,7 +165,7 @@ async def test_a_failed_load_holds_nothing_through_the_cause_of_its_error(
     gc.disable()
     try:
         with pytest.raises(ModelFilesError):
-            await engine.load(1, spec_of(), 0)
+            await engine.load(1, spec_of(), Target.whole(0))
         for _ in range(3):
             await asyncio.sleep(0)
         assert runtime.witnesses[0]() is None
@@ -287,13 +181,13 @@ async def test_a_loader_that_raises_what_it_must_not_fails_its_load_and_nothing_
         raise error
 
     runtime.on_load = fail
-    task = asyncio.create_task(_outcome_of(engine.load(1, spec_of(), 0)))
+    task = asyncio.create_task(_outcome_of(engine.load(1, spec_of(), Target.whole(0))))
     done, _ = await asyncio.wait({task}, timeout=2)
     assert done, "the load never ends"
     outcome = task.result()
     assert isinstance(outcome, Exception), f"{outcome!r} would end the server"
     runtime.on_load = lambda weights, stop: None
-    assert await engine.load(2, spec_of(), 0) == 100
+    assert await engine.load(2, spec_of(), Target.whole(0)) == {0: 100}
 
 
 async def _outcome_of(work: Any) -> Any:
@@ -316,7 +210,7 @@ async def test_cancel_load_stops_a_load_that_asks(
             raise LoadCancelled
 
     runtime.on_load = ask
-    load = asyncio.create_task(engine.load(1, spec_of(), 0))
+    load = asyncio.create_task(engine.load(1, spec_of(), Target.whole(0)))
     await asyncio.to_thread(began.wait, PATIENCE_S)
     engine.cancel_load(99)
     engine.cancel_load(1)
@@ -325,7 +219,7 @@ async def test_cancel_load_stops_a_load_that_asks(
         await load
     engine.cancel_load(1)
     runtime.on_load = lambda weights, stop: None
-    assert await engine.load(1, spec_of(), 0) == 100
+    assert await engine.load(1, spec_of(), Target.whole(0)) == {0: 100}
 
 
 async def test_cancel_load_reaches_a_load_that_waits_for_the_loader(
@@ -341,12 +235,12 @@ async def test_cancel_load_reaches_a_load_that_waits_for_the_loader(
             raise LoadCancelled
 
     runtime.on_load = ask
-    first = asyncio.create_task(engine.load(1, spec_of(size=1), 0))
-    second = asyncio.create_task(engine.load(2, spec_of(size=2), 0))
+    first = asyncio.create_task(engine.load(1, spec_of(size=1), Target.whole(0)))
+    second = asyncio.create_task(engine.load(2, spec_of(size=2), Target.whole(0)))
     await asyncio.to_thread(began.wait, PATIENCE_S)
     engine.cancel_load(2)
     go_on.set()
-    assert await first == 1
+    assert await first == {0: 1}
     with pytest.raises(LoadCancelled):
         await second
 
@@ -354,7 +248,7 @@ async def test_cancel_load_reaches_a_load_that_waits_for_the_loader(
 async def test_hits_run_while_a_load_is_stuck_on_the_same_device(
     engine: ThreadEngine, runtime: ToyRuntime
 ) -> None:
-    await engine.load(1, spec_of("hot"), 0)
+    await engine.load(1, spec_of("hot"), Target.whole(0))
     began, go_on = threading.Event(), threading.Event()
 
     def stick(weights: Weights, stop: StopCheck) -> None:
@@ -362,18 +256,18 @@ async def test_hits_run_while_a_load_is_stuck_on_the_same_device(
         go_on.wait(PATIENCE_S)
 
     runtime.on_load = stick
-    load = asyncio.create_task(engine.load(2, spec_of("stuck"), 0))
+    load = asyncio.create_task(engine.load(2, spec_of("stuck"), Target.whole(0)))
     try:
         await asyncio.to_thread(began.wait, PATIENCE_S)
         for _ in range(3):
             assert await Answer(engine, 1).get() == (INPUT,)
         assert (await engine.price(spec_of())).peak_bytes == 100
         runtime.on_load = lambda weights, stop: None
-        assert await engine.load(3, spec_of("elsewhere"), 1) == 100
+        assert await engine.load(3, spec_of("elsewhere"), Target.whole(1)) == {1: 100}
         assert not load.done()
     finally:
         go_on.set()
-    assert await load == 100
+    assert await load == {0: 100}
 
 
 async def test_an_unload_whose_close_raises_ends(engine: ThreadEngine, runtime: ToyRuntime) -> None:
@@ -383,8 +277,8 @@ async def test_an_unload_whose_close_raises_ends(engine: ThreadEngine, runtime: 
             raise RuntimeError("its library's mistake")
 
     runtime.kind = Stubborn
-    await engine.load(1, spec_of(), 0)
-    assert await engine.unload(1) in (0, 100)
+    await engine.load(1, spec_of(), Target.whole(0))
+    assert await engine.unload(1) == {0: 100}
 
 
 # --- Running --------------------------------------------------------------------------------------
@@ -395,12 +289,12 @@ async def test_models_of_a_device_run_on_its_lane_and_brief_ones_in_place(
 ) -> None:
     where: list[str] = []
     runtime.on_run = lambda toy: where.append(threading.current_thread().name)
-    await engine.load(1, spec_of(), 0)
-    await engine.load(2, spec_of(), 1)
+    await engine.load(1, spec_of(), Target.whole(0))
+    await engine.load(2, spec_of(), Target.whole(1))
     await Answer(engine, 1).get()
     await Answer(engine, 2).get()
     runtime.kind = BriefToy
-    await engine.load(3, spec_of(), 0)
+    await engine.load(3, spec_of(), Target.whole(0))
     brief = Answer(engine, 3)
     assert brief.outcomes == [(INPUT,)]
     assert where == ["lane-toy0", "lane-toy1", threading.main_thread().name]
@@ -415,7 +309,7 @@ async def test_what_is_wrong_with_a_request_comes_back_as_it_is(
         raise error
 
     runtime.on_run = fail
-    await engine.load(1, spec_of(), 0)
+    await engine.load(1, spec_of(), Target.whole(0))
     outcome = await Answer(engine, 1).get()
     assert outcome is error
     assert error.__traceback__ is None
@@ -431,7 +325,7 @@ async def test_what_a_model_raises_becomes_model_failed_with_the_story_for_the_l
         raise error
 
     runtime.on_run = fail
-    await engine.load(1, spec_of(), 0)
+    await engine.load(1, spec_of(), Target.whole(0))
     outcome = await Answer(engine, 1).get()
     assert isinstance(outcome, ModelFailed)
     assert outcome.exception_type == type(error).__name__
@@ -440,7 +334,7 @@ async def test_what_a_model_raises_becomes_model_failed_with_the_story_for_the_l
     assert "in fail" in outcome.log_text
     # The lane lives.
     runtime.on_run = lambda toy: None
-    await engine.load(2, spec_of(), 0)
+    await engine.load(2, spec_of(), Target.whole(0))
     assert await Answer(engine, 2).get() == (INPUT,)
 
 
@@ -449,21 +343,21 @@ def _plain(toy: Toy) -> None:
 
 
 # An argument and no closure: a frame that is cleared still has its function, and that its cells.
-def _fail_holding(weights: Weights | None) -> None:
+def _fail_holding(weights: Weights) -> None:
     kept = weights
     raise OSError(f"page {id(kept)}")
 
 
 def _with_cause(toy: Toy) -> None:
     try:
-        _fail_holding(toy.weights)
+        _fail_holding(toy.parts[0])
     except OSError as cause:
         raise ValueError("boom") from cause
 
 
 def _tensor_error_from_none(toy: Toy) -> None:
     try:
-        _fail_holding(toy.weights)
+        _fail_holding(toy.parts[0])
     except OSError:
         raise TensorError("x", "does not fit") from None
 
@@ -475,13 +369,13 @@ async def test_an_error_that_somebody_keeps_keeps_no_model(
     runtime.on_run = behaviour
     gc.disable()
     try:
-        await engine.load(1, spec_of(), 0)
+        await engine.load(1, spec_of(), Target.whole(0))
         answer = Answer(engine, 1)
         outcome = await answer.get()
         assert isinstance(outcome, Exception)
         assert runtime.loaded[0]() is not None
         # Whoever is to be answered holds the error still; the model's memory must not wait for it.
-        assert await engine.unload(1) == 100
+        assert await engine.unload(1) == {0: 100}
         assert runtime.witnesses[0]() is None
         assert runtime.loaded[0]() is None
     finally:
@@ -498,7 +392,7 @@ async def test_abandoned_work_that_has_not_begun_is_answered_with_none(
         gate.wait(PATIENCE_S)
 
     runtime.on_run = wait
-    await engine.load(1, spec_of(), 0)
+    await engine.load(1, spec_of(), Target.whole(0))
     first, second = Answer(engine, 1), Answer(engine, 1)
     second.work.abandon()
     gate.set()
@@ -538,12 +432,9 @@ async def test_what_a_runtime_says_of_files_and_options_comes_through(engine: Th
 
 
 async def test_stop_drops_every_model_and_stops_the_loads_that_run(runtime: ToyRuntime) -> None:
-    engine = ThreadEngine(
-        devices=[EngineDevice(name="toy0", torch_device="cpu", threads=1)],
-        runtimes={"toy": runtime},
-    )
+    engine = ThreadEngine(devices=toy_devices("cpu"), runtimes={"toy": runtime})
     await engine.start(["toy"])
-    await engine.load(1, spec_of(), 0)
+    await engine.load(1, spec_of(), Target.whole(0))
     began = threading.Event()
 
     def ask(weights: Weights, stop: StopCheck) -> None:
@@ -553,7 +444,7 @@ async def test_stop_drops_every_model_and_stops_the_loads_that_run(runtime: ToyR
         raise LoadCancelled
 
     runtime.on_load = ask
-    load = asyncio.create_task(engine.load(2, spec_of(), 0))
+    load = asyncio.create_task(engine.load(2, spec_of(), Target.whole(0)))
     await asyncio.to_thread(began.wait, PATIENCE_S)
     await asyncio.wait_for(engine.stop(PATIENCE_S), PATIENCE_S)
     with pytest.raises(LoadCancelled):

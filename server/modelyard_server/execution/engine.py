@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from modelyard_server.runtimes.api import JsonValue, ModelSpec, Price
+from modelyard_server.runtimes.targets import Target
 from modelyard_server.runtimes.tensors import TensorValue
 
 __all__ = ["DeviceMemory", "Engine", "EngineDevice", "ModelFailed", "RunOutcome", "Work"]
@@ -25,13 +26,17 @@ class EngineDevice:
 
     Attributes:
         name: of its lane.
-        torch_device: torch's name of it; "cpu" for logical devices, which are pools of host memory.
+        torch_device: torch's name of it; "cpu" for logical devices, which are pools of host memory;
+            targets.DISK for the disk, which has neither lane nor loader.
         threads: intra-op threads of its lane.
+        transfer_bytes_per_s: a logical device's bandwidth: its loads take at least as long as their
+            bytes do at this speed. 0 for no limit.
     """
 
     name: str
     torch_device: str
     threads: int
+    transfer_bytes_per_s: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +109,11 @@ class Engine(Protocol):
     async def price(self, spec: ModelSpec) -> Price:
         """Says what a model costs, from its files' headers. Raises ModelFilesError."""
 
-    async def load(self, model: int, spec: ModelSpec, device: int) -> int:
-        """Brings a model onto a device.
+    async def load(self, model: int, spec: ModelSpec, target: Target) -> Mapping[int, int]:
+        """Brings a model onto its devices.
 
         Returns:
-            Bytes it really holds.
+            Bytes it really holds, by position of the device.
 
         Raises:
             ModelFilesError: its files are not what they should be.
@@ -119,15 +124,20 @@ class Engine(Protocol):
     def cancel_load(self, model: int) -> None:
         """Asks a load to stop. No effect on a model that is not being loaded."""
 
-    async def unload(self, model: int) -> int:
+    async def unload(self, model: int) -> Mapping[int, int]:
         """Drops a model and waits until its memory is back.
 
         Returns:
-            Bytes that are measurably back. The rest is still held by somebody; see recheck.
+            Bytes that are measurably back, by position of each device it was on. The rest is still
+            held by somebody; see recheck.
         """
 
-    async def recheck(self, model: int, device: int) -> int:
-        """Looks again at what unloads could not get back. Returns bytes that are back since."""
+    async def recheck(self, model: int) -> Mapping[int, int]:
+        """Looks again at what unloads could not get back.
+
+        Returns:
+            Bytes that are back since, by position of the device; empty if none are.
+        """
 
     def run(
         self,
@@ -136,7 +146,7 @@ class Engine(Protocol):
         parameters: Mapping[str, JsonValue],
         on_done: Callable[[RunOutcome | None], None],
     ) -> Work:
-        """Runs a model on its lane.
+        """Runs a model on the lane of its home device.
 
         Args:
             model: a loaded model; it must not be unloaded before on_done.

@@ -4,22 +4,23 @@ Every device has a lane, which runs its models, and a loader thread, which loads
 so that a hit on a device does not stand behind a load on it. Reading weights gives up the
 interpreter's lock; what does not (building modules, tokenizers) is what a load still costs its
 neighbours.
+
+A model in parts on several devices is loaded and run by the threads of its home device, and by no
+others: it is one call of one module, and whoever took turns between lanes in the middle of it would
+stand behind other models' runs with half a result in hand. The disk runs and loads nothing, so it
+has neither thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
-from weakref import ReferenceType
 
 from modelyard_server.execution.engine import (
     DeviceMemory,
@@ -28,7 +29,10 @@ from modelyard_server.execution.engine import (
     RunOutcome,
     Work,
 )
+from modelyard_server.execution.freed_memory import give_back_freed
 from modelyard_server.execution.lane import Lane, LaneJob
+from modelyard_server.execution.memory import HeldModel, Leak, MeasuredMemory, drop
+from modelyard_server.execution.transfer_pace import TransferPace
 from modelyard_server.runtimes.api import (
     JsonValue,
     LoadedModel,
@@ -39,6 +43,7 @@ from modelyard_server.runtimes.api import (
     Runtime,
 )
 from modelyard_server.runtimes.frames import forget_frames
+from modelyard_server.runtimes.targets import DISK, Place, Target
 from modelyard_server.runtimes.tensors import TensorError, TensorValue
 
 __all__ = ["ThreadEngine"]
@@ -48,66 +53,31 @@ logger = logging.getLogger(__name__)
 _PRICERS = 4
 
 
-@dataclass(slots=True)
-class _Held:
-    """A model that is in memory."""
-
-    device: int
-    size_bytes: int
-    loaded: LoadedModel
-
-
-@dataclass(slots=True)
-class _Leak:
-    """What an unload could not get back."""
-
-    device: int
-    size_bytes: int
-    witnesses: tuple[ReferenceType[Any], ...]
-
-
-@dataclass(slots=True)
-class _Memory:
-    """Measured bytes of a device; written from its loader thread and from the loop."""
-
-    now: int = 0
-    peak: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, size_bytes: int) -> None:
-        with self.lock:
-            self.now += size_bytes
-            self.peak = max(self.peak, self.now)
-
-
-def _return_freed_pages() -> None:
-    """Gives the allocator's free pages back to the system, where it is glibc.
-
-    A dead model's small allocations otherwise stay with the process, and a server that loads and
-    unloads all day grows by them (measured: 1.4 GB after 200 cycles; 1.5 % with this).
-    """
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        logger.debug("this C library has no malloc_trim")
-
-
 class ThreadEngine:
     """Models in threads of this process. See Engine for the contract.
 
     Args:
         devices: by their position in the yard.
         runtimes: by name.
+        pace: how fast loads may be; default: as the devices say.
     """
 
-    def __init__(self, *, devices: Sequence[EngineDevice], runtimes: Mapping[str, Runtime]) -> None:
+    def __init__(
+        self,
+        *,
+        devices: Sequence[EngineDevice],
+        runtimes: Mapping[str, Runtime],
+        pace: TransferPace | None = None,
+    ) -> None:
         self._devices = tuple(devices)
         self._runtimes = runtimes
-        self._lanes: list[Lane] = []
-        self._loaders: list[Lane] = []
-        self._memory = [_Memory() for _ in devices]
-        self._held: dict[int, _Held] = {}
-        self._leaks: dict[int, list[_Leak]] = {}
+        self._pace = pace or TransferPace([device.transfer_bytes_per_s for device in devices])
+        # By position. The disk has none.
+        self._lanes: dict[int, Lane] = {}
+        self._loaders: dict[int, Lane] = {}
+        self._memory = [MeasuredMemory() for _ in devices]
+        self._held: dict[int, HeldModel] = {}
+        self._leaks: dict[int, list[Leak]] = {}
         self._stops: dict[int, threading.Event] = {}
         # Of their own, so that looking at one model's files does not wait for another's load; and
         # several, so that files that hang hold up only themselves.
@@ -116,23 +86,28 @@ class ThreadEngine:
     async def start(self, runtimes: Sequence[str]) -> None:
         """See Engine."""
         loop = asyncio.get_running_loop()
-        for device in self._devices:
-            self._lanes.append(Lane(f"lane-{device.name}", loop))
-            self._loaders.append(Lane(f"load-{device.name}", loop))
+        for position, device in enumerate(self._devices):
+            if device.torch_device != DISK:
+                self._lanes[position] = Lane(f"lane-{device.name}", loop)
+                self._loaders[position] = Lane(f"load-{device.name}", loop)
         self._pricers += [Lane(f"price-{i}", loop) for i in range(_PRICERS)]
         for name in runtimes:
+            if name not in self._runtimes:
+                continue  # Of a newer version's catalog; its models say so when they are asked for.
             await self._pricers[0].call(self._runtimes[name].warm_up)
 
     async def stop(self, timeout_s: float) -> bool:
         """See Engine."""
         for stop in self._stops.values():
             stop.set()
-        threads = (*self._lanes, *self._loaders, *self._pricers)
+        threads = (*self._lanes.values(), *self._loaders.values(), *self._pricers)
         ended = await asyncio.gather(*(lane.stop(timeout_s) for lane in threads))
         for held in self._held.values():
             held.loaded.close()
-        for started in (self._held, self._lanes, self._loaders, self._pricers):
-            started.clear()
+        self._held.clear()
+        self._lanes.clear()
+        self._loaders.clear()
+        self._pricers.clear()
         return all(ended)
 
     def check(self, spec: ModelSpec) -> None:
@@ -161,42 +136,62 @@ class ThreadEngine:
             kind = type(error.__cause__ or error).__name__
             raise ModelFilesError(f"its runtime raised {kind} when it was priced") from None
 
-    async def load(self, model: int, spec: ModelSpec, device: int) -> int:
-        """See Engine."""
+    async def load(self, model: int, spec: ModelSpec, target: Target) -> Mapping[int, int]:
+        """See Engine.
+
+        Raises:
+            ValueError: the home of the target is a disk, or no device at all.
+        """
+        loader = self._loaders.get(target.home)
+        if loader is None:
+            raise ValueError(
+                f"{spec.name} cannot be at home on device {target.home}: it has no lane"
+            )
         stop = threading.Event()
         self._stops[model] = stop
         try:
-            held = await self._loaders[device].call(partial(self._load, spec, device, stop))
+            held = await loader.call(partial(self._load, spec, target, stop))
         finally:
             del self._stops[model]
         self._held[model] = held
-        return held.size_bytes
+        return dict(held.sizes)
 
     def cancel_load(self, model: int) -> None:
         """See Engine."""
         if (stop := self._stops.get(model)) is not None:
             stop.set()
 
-    async def unload(self, model: int) -> int:
+    async def unload(self, model: int) -> Mapping[int, int]:
         """See Engine."""
         held = self._held.pop(model)
-        device, size_bytes = held.device, held.size_bytes
-        leak = await self._loaders[device].call(partial(_drop, held))
-        if leak is not None:
-            self._leaks.setdefault(model, []).append(leak)
-            return 0
-        self._memory[device].add(-size_bytes)
-        return size_bytes
+        leaks = await self._loaders[held.home].call(partial(self._drop, held))
+        back = dict(held.sizes)
+        if leaks:
+            self._leaks.setdefault(model, []).extend(leaks)
+            back |= {leak.device: 0 for leak in leaks}
+        for device, size_bytes in back.items():
+            self._memory[device].add(-size_bytes)
+        return back
 
-    async def recheck(self, model: int, device: int) -> int:
+    async def recheck(self, model: int) -> Mapping[int, int]:
         """See Engine."""
-        leaks = self._leaks.pop(model, [])
-        back = [leak for leak in leaks if leak.device == device and not _alive(leak.witnesses)]
-        if left := [leak for leak in leaks if leak not in back]:
+        back: dict[int, int] = {}
+        left: list[Leak] = []
+        for leak in self._leaks.pop(model, []):
+            if leak.is_held:
+                left.append(leak)
+            else:
+                back[leak.device] = back.get(leak.device, 0) + leak.size_bytes
+        if left:
             self._leaks[model] = left
-        size_bytes = sum(leak.size_bytes for leak in back)
-        self._memory[device].add(-size_bytes)
-        return size_bytes
+        for device, size_bytes in back.items():
+            self._memory[device].add(-size_bytes)
+            if (loader := self._loaders.get(device)) is not None:
+                # Not waited for: the next model of this process has the bytes either way, and a
+                # loader that hangs must not hold up what is found on other devices.
+                give_back = partial(give_back_freed, (self._devices[device].torch_device,))
+                loader.submit(LaneJob(give_back, lambda job: None))
+        return back
 
     def run(
         self,
@@ -216,21 +211,19 @@ class ThreadEngine:
             else:
                 on_done(_outcome_of(job.error))
 
-        lane = self._lanes[held.device]
+        lane = self._lanes[held.home]
         if held.loaded.brief:
             job = LaneJob(partial(held.loaded.run, inputs, parameters), deliver)
             lane.submit_brief(job)
         else:
-            threads = self._devices[held.device].threads
+            threads = self._devices[held.home].threads
             job = LaneJob(partial(_run, held.loaded, threads, inputs, parameters), deliver)
             lane.submit(job)
         return job
 
     def memory(self, device: int) -> DeviceMemory:
         """See Engine."""
-        memory = self._memory[device]
-        with memory.lock:
-            return DeviceMemory(measured_bytes=memory.now, peak_measured_bytes=memory.peak)
+        return self._memory[device].read()
 
     def _runtime(self, spec: ModelSpec) -> Runtime:
         try:
@@ -241,22 +234,48 @@ class ThreadEngine:
                 "runtime", f"{spec.runtime!r} is unknown; there are: {known}"
             ) from None
 
-    def _load(self, spec: ModelSpec, device: int, stop: threading.Event) -> _Held:
+    def _load(self, spec: ModelSpec, target: Target, stop: threading.Event) -> HeldModel:
+        names = {device: self._devices[device].torch_device for device in target.devices}
         try:
             _set_threads(1)
-            loaded = self._runtime(spec).load(
-                spec, device=self._devices[device].torch_device, stop=stop.is_set
-            )
+            held = self._load_at_pace(spec, Place(target=target, torch_devices=names), stop)
         except BaseException as error:
             # The frames of the traceback hold what was loaded so far.
             forget_frames(error)
-            _return_freed_pages()
-            if _is_out_of_memory(error):
+            is_out_of_memory = _is_out_of_memory(error)
+            if is_out_of_memory:
+                # What was loaded so far has no witnesses yet, and a module that is half spread over
+                # devices may be a cycle; it must be gone before somebody asks again.
+                gc.collect()
+            give_back_freed(names.values())
+            if is_out_of_memory:
                 raise MemoryError from None
             raise
-        size_bytes = loaded.measured_bytes()
-        self._memory[device].add(size_bytes)
-        return _Held(device=device, size_bytes=size_bytes, loaded=loaded)
+        for device, size_bytes in held.sizes.items():
+            self._memory[device].add(size_bytes)
+        return held
+
+    def _load_at_pace(self, spec: ModelSpec, place: Place, stop: threading.Event) -> HeldModel:
+        began_s = self._pace.now_s()
+        loaded = self._runtime(spec).load(spec, place=place, stop=stop.is_set)
+        held = HeldModel(home=place.target.home, sizes={}, loaded=loaded)
+        try:
+            held.sizes = dict(loaded.measured_bytes())
+            if strange := held.sizes.keys() - place.torch_devices.keys():
+                raise RuntimeError(f"{spec.name} is on devices it was not given: {sorted(strange)}")
+            self._pace.hold(held.sizes, began_s, stop)
+        except BaseException:
+            del loaded
+            if drop(held):
+                logger.error("%s kept memory although its load was given up", spec.name)
+            raise
+        return held
+
+    def _drop(self, held: HeldModel) -> tuple[Leak, ...]:
+        leaks = drop(held)
+        back = held.sizes.keys() - {leak.device for leak in leaks}
+        give_back_freed([self._devices[device].torch_device for device in back])
+        return leaks
 
 
 def _set_threads(threads: int) -> None:
@@ -279,35 +298,12 @@ def _run(
     return loaded.run(inputs, parameters)
 
 
-def _drop(held: _Held) -> _Leak | None:
-    """Drops a model and looks whether its memory is back. None if it is."""
-    witnesses = held.loaded.witnesses()
-    try:
-        held.loaded.close()
-    except Exception as error:
-        # Whether its memory is back is what the witnesses say, not how it took its leave.
-        logger.exception("a model failed while it was closed")
-        forget_frames(error)
-    leak = _Leak(device=held.device, size_bytes=held.size_bytes, witnesses=witnesses)
-    del held.loaded
-    if _alive(witnesses):
-        # Models go by reference count alone; only a cycle through user code needs this.
-        gc.collect()
-    if _alive(witnesses):
-        return leak
-    _return_freed_pages()
-    return None
-
-
-def _alive(witnesses: tuple[ReferenceType[Any], ...]) -> bool:
-    return any(witness() is not None for witness in witnesses)
-
-
 def _is_out_of_memory(error: BaseException) -> bool:
-    """True for torch's ways of saying so; its class for accelerators, its text for the host."""
-    return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    """True for all ways of saying so: torch's class for most accelerators, its text for others."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return "can't allocate memory" in text or "backend out of memory" in text
 
 
 def _outcome_of(error: BaseException) -> BaseException:
