@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from modelyard_server.errors import Code, Reason, Refusal, Violation
-from modelyard_server.services.handler import unary
+from modelyard_server.services.handler import identity_of, unary
 from modelyard_server.services.status import defect_reply, reply_of
 from modelyard_server.transport.aio import AioTransport, PortInUse
 from modelyard_server.transport.api import Call, Handler, StatusReply
@@ -302,3 +302,42 @@ async def test_calls_that_run_are_answered_within_the_grace() -> None:
         go_on.set()
         assert await asyncio.wait_for(call, PATIENCE_S) == b"done"
         await asyncio.wait_for(stopping, PATIENCE_S)
+
+
+# --- Who calls ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metadata", "identity"),
+    [
+        ([], ""),
+        ([("x-modelyard-identity", "ann"), ("x-modelyard-identity", "bob")], "ann"),
+        ([("x-other", "ann")], ""),
+        ([("x-modelyard-identity", b"ann")], ""),
+        ([("x-modelyard-identity", "a" * 1000)], "a" * 256),
+        (None, ""),
+    ],
+)
+def test_an_identity_is_what_the_metadata_says(
+    metadata: list[tuple[str, str | bytes]] | None, identity: str
+) -> None:
+    assert identity_of(Call(b"", lambda: metadata, None)) == identity
+
+
+async def test_a_method_that_acts_does_so_in_the_name_of_who_called() -> None:
+    acting: list[str] = []
+
+    @contextmanager
+    def act(identity: str) -> Iterator[None]:
+        acting.append(identity)
+        yield
+        acting.append("")
+
+    async def method(request: health_pb2.HealthCheckRequest, call: Call) -> Any:
+        assert acting == ["ann"]
+        return health_pb2.HealthCheckResponse()
+
+    handler = unary(health_pb2.HealthCheckRequest, method, acting=act)
+    async with serving(Act=handler) as server:
+        assert await server.call("Act", metadata=(("x-modelyard-identity", "ann"),)) == b""
+    assert acting == ["ann", ""]

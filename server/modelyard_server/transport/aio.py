@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import socket
-import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from modelyard_server.transport.api import Call, Handler, Handlers, StatusReply
+from modelyard_server.transport.api import Handler, Handlers, StatusReply, Streaming
+from modelyard_server.transport.carrying import Carrier
 
 __all__ = ["AioTransport", "PortInUse"]
 
-logger = logging.getLogger(__name__)
-
 _MAX_SEND_BYTES = 64 * 1024 * 1024
 _STREAMS_PER_CONNECTION = 1024
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_LINGER_S = 1.0
+"""What a reader that does not read gets of a stop's grace, once all other calls are answered."""
+
+_NEVER_S = 1e9
+
+_BARE_DRAINING = StatusReply(
+    code=grpc.StatusCode.UNAVAILABLE.value[0], text="the server is shutting down"
+)
 
 
 class PortInUse(Exception):
@@ -98,6 +102,7 @@ class AioTransport:
         handlers: what it serves.
         max_message_bytes: largest request.
         defect: what a caller is told when a handler raises; takes the error_id that is in the log.
+        draining: what the caller of a stream is told when the server stops.
     """
 
     def __init__(
@@ -106,7 +111,9 @@ class AioTransport:
         *,
         max_message_bytes: int,
         defect: Callable[[str], StatusReply] = _bare_defect,
+        draining: StatusReply = _BARE_DRAINING,
     ) -> None:
+        self._carrier = Carrier(defect=defect, draining=draining)
         self._server = grpc.aio.server(options=_options(max_message_bytes))
         self._health = health.aio.HealthServicer()
         self._services = tuple(handlers)
@@ -116,7 +123,7 @@ class AioTransport:
                     grpc.method_handlers_generic_handler(
                         service,
                         {
-                            method: grpc.unary_unary_rpc_method_handler(_carry(handler, defect))
+                            method: self._method_handler(handler)
                             for method, handler in methods.items()
                         },
                     ),
@@ -153,43 +160,26 @@ class AioTransport:
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no new calls, gives those that run grace_s seconds, and ends."""
-        await self._server.stop(grace_s)
+        """Takes no new calls, gives those that run grace_s seconds, and ends.
 
+        Streams end at once: they would run for ever. What then still keeps the server is readers
+        that do not read and watchers of the health service; when all unary calls are answered,
+        these are cut off.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace_s
+        async with asyncio.TaskGroup() as tasks:
+            # Of two stops that run the library lets each cut the calls off, and crashes if one
+            # does so after the other has ended. So the first never does.
+            stopping = tasks.create_task(self._server.stop(_NEVER_S), name="stop the transport")
+            self._carrier.end_streams()
+            while (running := self._carrier.unary_tasks) and loop.time() < end:
+                await asyncio.wait(running, timeout=end - loop.time())
+            await asyncio.wait({stopping}, timeout=max(0, min(_LINGER_S, end - loop.time())))
+            if not stopping.done():
+                await self._server.stop(None)
 
-def _carry(
-    handler: Handler, defect: Callable[[str], StatusReply]
-) -> Callable[[bytes, Any], Awaitable[bytes]]:
-    """A handler as grpc.aio wants it.
-
-    Three things it would do by itself are wrong: send an exception's text to the client, send
-    nothing at all when a task of ours is cancelled, and take an abort for a failure.
-    """
-
-    async def answer(body: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
-        try:
-            reply = await handler(Call(body, context.invocation_metadata, context.time_remaining()))
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if context.cancelled() or (task is not None and task.cancelling()):
-                raise
-            reply = defect(_logged("a task of the server was cancelled"))
-        except Exception as error:
-            reply = defect(_logged(type(error).__name__))
-        if isinstance(reply, bytes):
-            return reply
-        trailing: list[tuple[str, str | bytes]] = []
-        if reply.details:
-            trailing.append(("grpc-status-details-bin", reply.details))
-        if reply.pushback_ms is not None:
-            trailing.append(("grpc-retry-pushback-ms", str(reply.pushback_ms)))
-        await context.abort(_CODES[reply.code], reply.text, tuple(trailing))
-
-    return answer
-
-
-def _logged(what: str) -> str:
-    """Logs the exception that is being handled and returns the error_id it is found by."""
-    error_id = uuid.uuid4().hex[:12]
-    logger.exception("defect %s: %s", error_id, what)
-    return error_id
+    def _method_handler(self, handler: Handler | Streaming) -> grpc.RpcMethodHandler[Any, Any]:
+        if isinstance(handler, Streaming):
+            return grpc.unary_stream_rpc_method_handler(self._carrier.stream(handler.handler))
+        return grpc.unary_unary_rpc_method_handler(self._carrier.unary(handler))

@@ -1,21 +1,21 @@
 """The transport seam: what a handler gets and gives, whatever carries the bytes.
 
 A handler takes the message's bytes, the call's metadata and how long the caller will wait, and
-returns bytes or a status. It never sees a connection, a context or a library's type, so that a
-native front end can take grpc.aio's place without touching it.
+returns bytes or a status, or yields many of them. It never sees a connection, a context or a
+library's type, so that a native front end can take grpc.aio's place without touching it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Call", "Handler", "Handlers", "StatusReply"]
+__all__ = ["Call", "Handler", "Handlers", "StatusReply", "StreamHandler", "Streaming"]
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One unary call.
+    """One call: one message in, one or many out.
 
     Attributes:
         body: the request message, serialized.
@@ -54,5 +54,27 @@ class StatusReply:
 Handler = Callable[[Call], Awaitable[bytes | StatusReply]]
 """Answers one unary call. Cancelled when the caller has gone. Raises nothing else."""
 
-Handlers = Mapping[str, Mapping[str, Handler]]
+StreamHandler = Callable[[Call], AsyncGenerator[bytes | StatusReply, None]]
+"""Answers one call with a stream of messages.
+
+The next message is asked for when the one before is on its way, so a reader that does not read
+stops its handler, and nothing piles up. A StatusReply is the last thing that is asked for; a
+handler that ends without one has ended well. It is closed, or cancelled where it waits, when the
+caller has gone, when the deadline passes and when the server stops: what has to be put right
+afterwards stands in `finally`.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """A method that answers with a stream, among handlers that answer once.
+
+    Attributes:
+        handler: answers it.
+    """
+
+    handler: StreamHandler
+
+
+Handlers = Mapping[str, Mapping[str, Handler | Streaming]]
 """Full service name to method name to handler."""
