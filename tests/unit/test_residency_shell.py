@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from tests.support.fake_engine import FakeClock, FakeEngine, turns
 
+from modelyard_server.devices.placed import PlacedAs, whole
 from modelyard_server.errors import Code, Reason, Refusal
-from modelyard_server.residency import shell
+from modelyard_server.residency import transfers
 from modelyard_server.residency.shell import Lease, Residency
 from modelyard_server.residency.values import NEVER_NS, ModelHandle, State, YardSettings
-from modelyard_server.runtimes.api import ModelFilesError, ModelSpec
+from modelyard_server.runtimes.api import ModelFilesError, ModelSpec, Price
 
 BUDGET = 250
 
@@ -37,8 +38,16 @@ class Bench:
 
     def add(self, name: str, size: int = 100, *placements: int) -> ModelHandle:
         self.engine.prices[name] = size
+        devices = placements or (0,)
+
+        def replan(price: Price) -> tuple[PlacedAs, ...]:
+            return tuple(whole(device, price) for device in devices)
+
         return self.residency.add(
-            ModelSpec(name=name, runtime="fake"), placements=placements or (0,), needed_bytes=size
+            ModelSpec(name=name, runtime="fake"),
+            ways=replan(Price(resting_bytes=size, peak_bytes=size)),
+            replan=replan,
+            priced_bytes=size,
         )
 
     async def wait_for(self, handle: ModelHandle, deadline_ns: int = NEVER_NS) -> Waiter:
@@ -101,7 +110,7 @@ async def benches() -> AsyncIterator[Callable[..., Bench]]:
         assert bench.residency.lease_count == 0
         assert not bench.engine.loads
         assert not bench.engine.unloads
-        assert not bench.residency._tasks
+        assert not bench.residency._transfers.count
         assert not bench.residency._tickets
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert not unexpected
@@ -724,7 +733,7 @@ async def test_removing_a_leased_model_lets_its_requests_end(benches: Any) -> No
 async def test_quarantined_bytes_come_back_when_they_are_found(
     benches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shell, "_RECHECK_S", (0.0,))
+    monkeypatch.setattr(transfers, "_RECHECK_S", (0.0,))
     bench = benches()
     model, other = bench.add("m", 200), bench.add("other", 200)
     await bench.load_and_release(model)
@@ -743,14 +752,14 @@ async def test_quarantined_bytes_come_back_when_they_are_found(
     bench.engine.back[model.core_id, 0] = 100
     await turns()
     assert bench.residency.use(model).quarantined == {}
-    assert not bench.residency._tasks
+    assert not bench.residency._transfers.count
     await bench.load_and_release(other)
 
 
 async def test_a_removed_model_is_forgotten_when_its_last_byte_is_back(
     benches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shell, "_RECHECK_S", (0.0,))
+    monkeypatch.setattr(transfers, "_RECHECK_S", (0.0,))
     bench = benches()
     model = bench.add("m")
     await bench.load_and_release(model)
@@ -768,7 +777,7 @@ async def test_a_removed_model_is_forgotten_when_its_last_byte_is_back(
 async def test_leaks_of_one_model_on_two_devices_come_back_each_to_its_own(
     benches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shell, "_RECHECK_S", (0.0,))
+    monkeypatch.setattr(transfers, "_RECHECK_S", (0.0,))
     bench = benches()
     model, pinned = bench.add("m", 200, 0, 1), bench.add("pinned", 200, 0)
     for _ in range(2):
@@ -855,7 +864,7 @@ async def test_close_when_several_deadlines_have_just_passed(benches: Any) -> No
 async def test_close_does_not_wait_for_bytes_that_may_never_come_back(
     benches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shell, "_RECHECK_S", (3600.0,))
+    monkeypatch.setattr(transfers, "_RECHECK_S", (3600.0,))
     bench = benches()
     model = bench.add("m")
     await bench.load_and_release(model)

@@ -15,18 +15,24 @@ Its package is the only importer of the core's module.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, assert_never
 
 from modelyard_server import _core
+from modelyard_server.devices.placed import PlacedAs
 from modelyard_server.errors import Reason, Refusal
 from modelyard_server.execution.engine import Engine
+from modelyard_server.residency.journal import Journal
 from modelyard_server.residency.refusals import refusal_of
+from modelyard_server.residency.rehearsal import Rehearsal, device_use
+from modelyard_server.residency.telling import Teller
+from modelyard_server.residency.transfers import Transfers
 from modelyard_server.residency.values import (
     GONE,
     NEVER_NS,
@@ -36,17 +42,18 @@ from modelyard_server.residency.values import (
     State,
     YardSettings,
 )
-from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError, ModelSpec
+from modelyard_server.runtimes.api import (
+    ModelSpec,
+    Price,
+)
+from modelyard_server.runtimes.targets import Target
 
 if TYPE_CHECKING:
     from modelyard_server._core import _Action  # Exists for type checkers only.
 
-__all__ = ["Lease", "Residency"]
+__all__ = ["Lease", "Residency", "heir_of"]
 
 logger = logging.getLogger(__name__)
-
-_RECHECK_S = (0.1, 1.0, 5.0, 30.0)
-"""When an unload's missing memory is looked for again; the last one repeats."""
 
 
 class Lease:
@@ -96,6 +103,7 @@ class Residency:
         settings: how the core behaves.
         device_names: resource names of the devices, for errors.
         engine: what loads and unloads.
+        journal: is told of every decision; None makes one of its own.
         now_ns: the clock; monotonic.
     """
 
@@ -105,6 +113,7 @@ class Residency:
         settings: YardSettings,
         device_names: Sequence[str],
         engine: Engine,
+        journal: Journal | None = None,
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._yard = _core.Yard(
@@ -119,17 +128,19 @@ class Residency:
             explain_capacity=settings.explain_capacity,
         )
         self._device_names = tuple(device_names)
-        self._engine = engine
         self._now_ns = now_ns
         self._handles: dict[int, ModelHandle] = {}
         self._tickets: dict[int, asyncio.Future[int]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._rechecks: set[asyncio.Task[None]] = set()
         self._todo: deque[_Action] = deque()
         self._carrying_out = False
         self._timer: asyncio.TimerHandle | None = None
-        self._device_of: dict[int, int] = {}
+        self._targets: dict[int, Target] = {}
         self._closing = False
+        self.journal = journal or Journal(capacity=settings.explain_capacity)
+        self._teller = Teller(
+            self._yard, self.journal, handles=self._handles, device_names=device_names
+        )
+        self._transfers = Transfers(engine, device_names=device_names, outcomes=self)
 
     # --- Models -------------------------------------------------------------------------------
 
@@ -137,30 +148,59 @@ class Residency:
         self,
         spec: ModelSpec,
         *,
-        placements: Sequence[int],
-        needed_bytes: int,
+        ways: Sequence[PlacedAs],
+        replan: Callable[[Price], tuple[PlacedAs, ...]],
+        priced_bytes: int,
         reload_s: float = 1.0,
+        replaces: ModelHandle | None = None,
     ) -> ModelHandle:
         """Registers a model, cold.
 
         Args:
             spec: what the engine will load.
-            placements: positions of the devices it may be loaded onto, the preferred one first.
-            needed_bytes: upper bound of what a load takes.
+            ways: how it may be loaded, the preferred way first; their charges are upper bounds.
+            replan: works the ways out anew if its files turn out to be larger.
+            priced_bytes: peak bytes of the price that the ways were worked out for.
             reload_s: expected load time until one has been measured.
+            replaces: a model whose place it is to take, and whose history it starts with. That one
+                stays until `replace`.
         """
         core_id = self._yard.add_model(
-            spec.name, [{device: needed_bytes} for device in placements], reload_s
+            spec.name,
+            [dict(way.charges) for way in ways],
+            reload_s,
+            0 if replaces is None else replaces.core_id,
         )
         handle = ModelHandle(
             name=spec.name,
             core_id=core_id,
             spec=spec,
-            placements=tuple(placements),
-            needed_bytes=needed_bytes,
+            ways=tuple(ways),
+            replan=replan,
+            priced_bytes=priced_bytes,
         )
         self._handles[core_id] = handle
         return handle
+
+    def set_ways(self, handle: ModelHandle, ways: Sequence[PlacedAs]) -> None:
+        """Replaces the ways in which a model may be loaded. What it holds now stays as it is."""
+        handle.ways = tuple(ways)
+        charges = [dict(way.charges) for way in handle.ways]
+        self._apply(self._yard.update_placements(handle.core_id, charges, self._now_ns()))
+
+    def replace(self, old: ModelHandle, new: ModelHandle) -> None:
+        """Lets one model take another's place: who waits for the old one waits for the new one.
+
+        Requests that run on the old one are answered; its memory comes back after them. A pin
+        moves along.
+        """
+        use = self.use(old)
+        pinned = use.pinned
+        new.loads_before, new.evictions_before = use.load_count, use.eviction_count
+        old.successor = new
+        self.remove(old)
+        if pinned:
+            self.set_pinned(new, True)
 
     def remove(self, handle: ModelHandle) -> None:
         """Takes a model out. Requests that run are answered; those that wait are refused."""
@@ -208,6 +248,13 @@ class Residency:
             if self.use(handle).state is State.LOADING:
                 break  # Somebody wants it again: it has left in between.
 
+    async def gone(self, handle: ModelHandle) -> None:
+        """Waits until a model that was removed holds nothing any more, but for what is lost."""
+        while self.use(handle).state in (State.LOADING, State.DRAINING, State.UNLOADING):
+            settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            handle._settled.append(settled)
+            await settled
+
     # --- Requests -----------------------------------------------------------------------------
 
     def try_lease(self, handle: ModelHandle) -> Lease | None:
@@ -227,8 +274,18 @@ class Residency:
                 DEADLINE_IN_QUEUE or DEADLINE_IN_LOAD.
         """
         began_ns = self._now_ns()
+        while True:
+            # Another may have taken its place since the caller looked it up.
+            handle = heir_of(handle)
+            try:
+                return await self._lease_this(handle, began_ns, deadline_ns)
+            except Refusal as refusal:
+                if refusal.reason is not Reason.MODEL_NOT_FOUND or handle.successor is None:
+                    raise
+
+    async def _lease_this(self, handle: ModelHandle, began_ns: int, deadline_ns: int) -> Lease:
         loop = asyncio.get_running_loop()
-        ticket, actions = self._yard.request(handle.core_id, began_ns, deadline_ns)
+        ticket, actions = self._yard.request(handle.core_id, self._now_ns(), deadline_ns)
         future: asyncio.Future[int] = loop.create_future()
         self._tickets[ticket] = future
         self._apply(actions)
@@ -239,6 +296,7 @@ class Residency:
                 self._release(future.result())  # Granted, and cancelled before it could be seen.
             elif self._tickets.pop(ticket, None) is not None:
                 self._apply(self._yard.cancel(ticket, self._now_ns()))
+                self.journal.changed(handle.name)  # It may wait no more, and no decision says so.
             raise
         now_ns = self._now_ns()
         wait_s = (now_ns - began_ns) * 1e-9
@@ -247,14 +305,33 @@ class Residency:
         return Lease(self, lease_id, handle, wait_s, load_s)
 
     def device_of(self, handle: ModelHandle) -> int:
-        """Position of the device a resident model is on."""
-        return self._device_of[handle.core_id]
+        """Position of the home device of a resident model."""
+        return self._targets[handle.core_id].home
+
+    def target_of(self, handle: ModelHandle) -> Target | None:
+        """Where each part of a model is that is in memory, or about to leave it; else None."""
+        return self._targets.get(handle.core_id)
 
     # --- Devices ------------------------------------------------------------------------------
 
     def set_budget(self, device: int, budget_bytes: int) -> None:
         """Changes a budget; what no longer fits drains."""
         self._apply(self._yard.set_budget(device, budget_bytes, self._now_ns()))
+
+    def set_closed(self, device: int, closed: bool) -> None:
+        """Closes a device: nothing is loaded onto it, and what is there drains unless pinned."""
+        self._apply(self._yard.set_device_closed(device, closed, self._now_ns()))
+
+    def is_closed(self, device: int) -> bool:
+        """True while a device is closed."""
+        return self._yard.device_closed(device)
+
+    def closed_to(self, handle: ModelHandle) -> tuple[str, ...]:
+        """Names of closed devices for which a model cannot be loaded; empty if it can be."""
+        touched = [set(filter(self.is_closed, way.charges)) for way in handle.ways]
+        if not all(touched):
+            return ()
+        return tuple(self._device_names[device] for device in sorted(set().union(*touched)))
 
     # --- Looking ------------------------------------------------------------------------------
 
@@ -264,6 +341,7 @@ class Residency:
         if entry is None:  # Removed, and everything is back.
             return GONE
         failed = entry.state is State.FAILED
+        loads = entry.load_count + handle.loads_before
         return ModelUse(
             state=entry.state,
             charges=entry.held,
@@ -271,9 +349,9 @@ class Residency:
             pinned=entry.pinned,
             lease_count=entry.lease_count,
             waiting_count=entry.waiting_count,
-            load_count=entry.load_count,
-            eviction_count=entry.eviction_count,
-            load_duration_s=entry.reload_seconds if entry.load_count else None,
+            load_count=loads,
+            eviction_count=entry.eviction_count + handle.evictions_before,
+            load_duration_s=entry.reload_seconds if loads else None,
             failure_text=handle.failure_text if failed else "",
             failure_transient=failed and entry.failure is _core.LoadFailure.TRANSIENT,
             failure_count=entry.failure_count if failed else 0,
@@ -282,19 +360,7 @@ class Residency:
 
     def device_use(self, device: int) -> DeviceUse:
         """What a device has promised and holds."""
-        account = self._yard.account(device)
-        loads, evictions = self._yard.device_counters(device)
-        return DeviceUse(
-            budget=account.budget,
-            reserved=account.reserved,
-            resident=account.resident,
-            draining=account.draining,
-            quarantined=account.quarantined,
-            deficit=account.deficit,
-            peak=account.peak,
-            load_count=loads,
-            eviction_count=evictions,
-        )
+        return device_use(self._yard, device)
 
     @property
     def counters(self) -> _core.Counters:
@@ -320,6 +386,10 @@ class Residency:
         """The last decisions, oldest first."""
         return self._yard.explanations()
 
+    def rehearse(self) -> Rehearsal:
+        """A rehearsal of what would happen from here; see Rehearsal."""
+        return Rehearsal(self._yard, self._now_ns(), self._handles)
+
     def audit(self) -> None:
         """Checks the core's invariants. Raises RuntimeError with the first violation."""
         self._yard.audit()
@@ -333,8 +403,7 @@ class Residency:
             False if some still run after timeout_s.
         """
         self._closing = True
-        for task in self._rechecks:
-            task.cancel()
+        self._transfers.stop()
         tickets, self._tickets = self._tickets, {}
         for ticket, future in tickets.items():
             if not future.done():
@@ -348,19 +417,14 @@ class Residency:
         if self._timer is not None:
             self._timer.cancel()
         for handle in self._handles.values():
-            self._stop_load(handle)
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while tasks := self._tasks | self._rechecks:
-            left_s = deadline - asyncio.get_running_loop().time()
-            if left_s <= 0:
-                return False
-            await asyncio.wait(tasks, timeout=left_s)
-        return True
+            self._transfers.stop_load(handle)
+        return await self._transfers.settle(timeout_s)
 
     # --- Actions ------------------------------------------------------------------------------
 
     def _apply(self, actions: list[_Action] | None) -> None:
         """Carries actions out, in order; those that come of carrying one out after the others."""
+        self._teller.tell()
         if not actions:
             return
         self._todo.extend(actions)
@@ -380,21 +444,19 @@ class Residency:
             case _core.Refuse():
                 self._refuse(action)
             case _core.Load():
-                self._start(self._load(action.model, action.placement), "load", action.model)
+                handle = self._handles[action.model]
+                self._transfers.load(handle, handle.ways[action.placement].target)
             case _core.CancelLoad():
-                self._stop_load(self._handles[action.model])
+                self._transfers.stop_load(self._handles[action.model])
             case _core.Drain():
                 logger.debug("draining %s", self._handles[action.model].name)
             case _core.Unload():
-                self._start(self._unload(action.model), "unload", action.model)
+                del self._targets[action.model]
+                self._transfers.unload(self._handles[action.model])
             case _core.WakeAt():
                 self._wake_at(action.at_ns)
             case _:
                 assert_never(action)
-
-    def _stop_load(self, handle: ModelHandle) -> None:
-        handle.load_stopped = True
-        self._engine.cancel_load(handle.core_id)
 
     def _grant(self, grant: _core.Grant) -> None:
         future = self._tickets.pop(grant.ticket, None)
@@ -407,12 +469,8 @@ class Residency:
         future = self._tickets.pop(refuse.ticket, None)
         if future is not None and not future.done():
             future.set_exception(
-                refusal_of(refuse, device_names=self._device_names, name_of=self._name_of)
+                refusal_of(refuse, device_names=self._device_names, name_of=self._teller.name_of)
             )
-
-    def _name_of(self, core_id: int) -> str:
-        handle = self._handles.get(core_id)
-        return "a removed model" if handle is None else handle.name
 
     def _release(self, lease_id: int) -> None:
         actions = self._yard.release(lease_id, self._now_ns())
@@ -429,112 +487,57 @@ class Residency:
         if self._closing:
             return
         delay_s = max(0, at_ns - self._now_ns()) * 1e-9
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
+        # In a context of its own: what time brings about is not the doing of whoever set the timer.
+        self._timer = asyncio.get_running_loop().call_later(
+            delay_s, self._tick, context=contextvars.Context()
+        )
 
     def _tick(self) -> None:
         self._timer = None
         self._apply(self._yard.tick(self._now_ns()))
 
-    def _start(self, work: Coroutine[Any, Any, None], what: str, core_id: int) -> None:
-        name = f"{what} {self._handles[core_id].name}"
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    # --- What became of transfers (see Outcomes) --------------------------------------------------
 
-    def _start_recheck(self, handle: ModelHandle, device: int) -> None:
-        task = asyncio.get_running_loop().create_task(
-            self._recheck(handle, device), name=f"recheck {handle.name}"
-        )
-        self._rechecks.add(task)
-        task.add_done_callback(self._rechecks.discard)
+    def repriced(self, handle: ModelHandle, ways: Sequence[PlacedAs]) -> None:
+        """See Outcomes."""
+        self.set_ways(handle, ways)
 
-    async def _load(self, core_id: int, placement: int) -> None:
-        handle = self._handles[core_id]
-        device = handle.placements[placement]
-        loop = asyncio.get_running_loop()
-        handle.load_started = began = loop.time()
-        handle.load_stopped = self._closing
-        try:
-            await self._price_again(handle)
-            # The engine did not know of the load until now, and could not stop it.
-            if handle.load_stopped:
-                raise LoadCancelled
-            size_bytes = await self._engine.load(core_id, handle.spec, device)
-        except LoadCancelled:
-            outcome = _core.LoadFailure.CANCELLED
-        except ModelFilesError as error:
-            handle.failure_text = error.text
-            outcome = (
-                _core.LoadFailure.TRANSIENT if error.transient else _core.LoadFailure.PERMANENT
-            )
-            logger.warning("loading %s failed: %s", handle.name, error.text)
-        except MemoryError:
-            handle.failure_text = "the machine has no memory for it now"
-            outcome = _core.LoadFailure.TRANSIENT
-            logger.exception("loading %s failed", handle.name)
-        except Exception as error:  # the task's edge: it becomes an event and one log line
-            handle.failure_text = f"its loader raised {type(error).__name__}"
-            outcome = _core.LoadFailure.PERMANENT
-            logger.exception("loading %s failed", handle.name)
-        else:
-            took_s = loop.time() - began
-            logger.info("loaded %s in %.3f s", handle.name, took_s)
-            self._device_of[core_id] = device
-            handle.failure_text = ""
-            self._apply(self._yard.load_done(core_id, self._now_ns(), {device: size_bytes}, took_s))
-            # Only now: whoever is granted by this load still reads when it began.
-            loop.call_soon(setattr, handle, "load_started", None)
-            self._settle(handle)
-            return
-        handle.load_started = None
-        self._apply(self._yard.load_failed(core_id, self._now_ns(), outcome))
+    def loaded(
+        self, handle: ModelHandle, target: Target, held: Mapping[int, int], took_s: float
+    ) -> None:
+        """See Outcomes."""
+        core_id = handle.core_id
+        self._targets[core_id] = target
+        self._apply(self._yard.load_done(core_id, self._now_ns(), dict(held), took_s))
+        self._settle(handle)
+
+    def load_failed(self, handle: ModelHandle, failure: _core.LoadFailure) -> None:
+        """See Outcomes."""
+        self._apply(self._yard.load_failed(handle.core_id, self._now_ns(), failure))
         self._settle(handle)
         self._forget_if_gone(handle)
 
-    async def _price_again(self, handle: ModelHandle) -> None:
-        """Looks whether the files have grown since they were priced.
-
-        If so, what is reserved is too little: the load is given up, and the core, told the new
-        price, makes room for it and asks again.
-        """
-        needed = (await self._engine.price(handle.spec)).peak_bytes
-        if needed <= handle.needed_bytes:
-            return
-        if needed > _core.MAX_BYTES:
-            raise ModelFilesError(f"needs {needed} bytes, more than any device has")
-        handle.needed_bytes = needed
-        placements = [{device: needed} for device in handle.placements]
-        self._apply(self._yard.update_placements(handle.core_id, placements, self._now_ns()))
-        raise LoadCancelled
-
-    async def _unload(self, core_id: int) -> None:
-        handle = self._handles[core_id]
-        device = self._device_of.pop(core_id)
-        freed = await self._engine.unload(core_id)
-        use = self.use(handle)
-        missing = use.charges.get(device, 0) - freed
-        self._apply(self._yard.unload_done(core_id, self._now_ns(), {device: freed}))
+    def unloaded(self, handle: ModelHandle, freed: Mapping[int, int]) -> Mapping[int, int]:
+        """See Outcomes."""
+        missing = {
+            device: held - freed.get(device, 0)
+            for device, held in self.use(handle).charges.items()
+            if held > freed.get(device, 0)
+        }
+        self._apply(self._yard.unload_done(handle.core_id, self._now_ns(), dict(freed)))
         self._settle(handle)
-        if missing > 0:
-            logger.error(
-                "%s kept %d bytes on %s after its unload; they are quarantined",
-                handle.name,
-                missing,
-                self._device_names[device],
-            )
-            self._start_recheck(handle, device)
+        self._forget_if_gone(handle)
+        return missing
+
+    def reclaimed(self, handle: ModelHandle, back: Mapping[int, int]) -> None:
+        """See Outcomes."""
+        self._apply(self._yard.reclaimed(handle.core_id, self._now_ns(), dict(back)))
+        self.journal.changed(handle.name)
         self._forget_if_gone(handle)
 
-    async def _recheck(self, handle: ModelHandle, device: int) -> None:
-        attempt = 0
-        while device in self.use(handle).quarantined:
-            await asyncio.sleep(_RECHECK_S[min(attempt, len(_RECHECK_S) - 1)])
-            attempt += 1
-            back = await self._engine.recheck(handle.core_id, device)
-            if back:
-                logger.info("%d quarantined bytes of %s are back", back, handle.name)
-                self._apply(self._yard.reclaimed(handle.core_id, self._now_ns(), {device: back}))
-        self._forget_if_gone(handle)
+    def is_short(self, handle: ModelHandle) -> bool:
+        """See Outcomes."""
+        return bool(self.use(handle).quarantined)
 
     def _settle(self, handle: ModelHandle) -> None:
         waiters, handle._settled = handle._settled, []
@@ -545,3 +548,11 @@ class Residency:
     def _forget_if_gone(self, handle: ModelHandle) -> None:
         if self._yard.entry(handle.core_id) is None:
             self._handles.pop(handle.core_id, None)
+            self._teller.forget(handle.core_id)
+
+
+def heir_of(handle: ModelHandle) -> ModelHandle:
+    """The handle that has a model's place now: itself, unless another has taken over."""
+    while handle.successor is not None:
+        handle = handle.successor
+    return handle

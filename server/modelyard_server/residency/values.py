@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from modelyard_server import _core
-from modelyard_server.runtimes.api import ModelSpec
+from modelyard_server.devices.placed import PlacedAs
+from modelyard_server.runtimes.api import ModelSpec, Price
 
 __all__ = [
     "GONE",
+    "MAX_BYTES",
     "NEVER_NS",
     "POLICIES",
     "DeviceUse",
@@ -21,6 +24,9 @@ __all__ = [
 
 NEVER_NS: int = _core.NEVER_NS
 """The deadline of a request that has none."""
+
+MAX_BYTES: int = _core.MAX_BYTES
+"""The largest amount the core can hold, as a budget or as a model on one device."""
 
 POLICIES: tuple[str, ...] = _core.POLICIES
 """Names of the eviction policies, the default first."""
@@ -64,8 +70,12 @@ class ModelHandle:
         name: id of the model.
         core_id: the yard's id for it.
         spec: what the engine loads.
-        placements: alternatives, each the position of a device.
-        needed_bytes: upper bound of what a load takes, as last priced.
+        ways: how it may be loaded, the preferred way first.
+        replan: works the ways out anew for another price. Raises Refusal if there is none.
+        priced_bytes: the price that the ways were worked out for.
+        successor: the handle that took its place, once one has.
+        loads_before: loads of the handles whose place it took.
+        evictions_before: evictions of those.
         load_started: set while it is being loaded: the loop's time when that began, in seconds.
         load_stopped: its load was told to stop.
         failure_text: why its last load failed, while it is FAILED.
@@ -74,12 +84,21 @@ class ModelHandle:
     name: str
     core_id: int
     spec: ModelSpec
-    placements: tuple[int, ...]
-    needed_bytes: int
+    ways: tuple[PlacedAs, ...]
+    replan: Callable[[Price], tuple[PlacedAs, ...]]
+    priced_bytes: int
+    successor: ModelHandle | None = None
+    loads_before: int = 0
+    evictions_before: int = 0
     load_started: float | None = None
     load_stopped: bool = False
     failure_text: str = ""
     _settled: list[asyncio.Future[None]] = field(default_factory=list)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Upper bound of what a load takes, over all devices and in the largest of the ways."""
+        return max(sum(way.charges.values()) for way in self.ways)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

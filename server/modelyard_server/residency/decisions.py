@@ -1,0 +1,116 @@
+"""Decisions of the core in the words of the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from modelyard_server import _core
+from modelyard_server.devices.sizes import format_size
+from modelyard_server.residency.journal import Event, EventType, Journal
+
+__all__ = ["OPERATOR", "publish_decision"]
+
+OPERATOR = "operator"
+"""The cause of what somebody asked for by hand."""
+
+_SCORED = ("MODEL", "BUDGET")
+"""Why a model leaves that was chosen among others."""
+
+_BY_OPERATORS = frozenset(
+    {
+        EventType.BUDGET_CHANGED,
+        EventType.PINNED,
+        EventType.UNPINNED,
+        EventType.DEVICE_DRAINED,
+        EventType.DEVICE_UNDRAINED,
+    }
+)
+
+_WORDS = {
+    EventType.LOAD_STARTED: "its load began, {size} are reserved",
+    EventType.LOAD_DONE: "loaded, holds {size}",
+    EventType.LOAD_FAILED: "its load failed or was stopped",
+    EventType.EVICTED: "evicted",
+    EventType.DRAINED: "told to leave when its requests end",
+    EventType.UNLOADED: "has left, {size} are back",
+    EventType.QUARANTINED: "has left, {size} are not back",
+    EventType.REFUSED: "a request was refused",
+    EventType.OVERSHOOT: "turned out {size} larger than what was reserved",
+    EventType.BUDGET_CHANGED: "its budget is {size} now",
+    EventType.PINNED: "pinned",
+    EventType.UNPINNED: "unpinned",
+    EventType.DEVICE_DRAINED: "takes no models any more",
+    EventType.DEVICE_UNDRAINED: "takes models again",
+    EventType.QUEUED: "asked for while not in memory",
+}
+
+
+def publish_decision(
+    journal: Journal,
+    record: Mapping[str, Any],
+    *,
+    name_of: Callable[[int], str],
+    device_name_of: Callable[[int], str],
+) -> Event:
+    """Publishes one explanation of the core, and marks the model it is about as changed.
+
+    Args:
+        journal: where it goes.
+        record: one of Yard.explanations().
+        name_of: a model's id by the core's id for it.
+        device_name_of: a device's resource name by its position.
+
+    Raises:
+        KeyError: a decision that the contract has no event for.
+    """
+    type = EventType[record["decision"]]
+    model: int = record["model"]
+    device: int = record["device"]
+    name = name_of(model) if model else ""
+    where = device_name_of(device) if device >= 0 else ""
+    subject = f"models/{name}" if model else where
+    cause, because = _cause(record, where, name_of)
+    if type in _BY_OPERATORS:
+        cause = OPERATOR
+    load_s: float | None = record["seconds"] if type is EventType.LOAD_DONE else None
+    score: float | None = record["score"] if record["why"] in _SCORED else None
+    waited_ns: int = record["waited_ns"]
+    words = [_WORDS[type].format(size=format_size(record["bytes"]))]
+    if because:
+        words.append(because)
+    if type is EventType.REFUSED:
+        words.append(_core.RefuseReason(int(record["score"])).name.lower().replace("_", " "))
+    event = journal.publish(
+        type,
+        subject,
+        cause=cause,
+        size_bytes=record["bytes"],
+        score=score,
+        waited_s=waited_ns * 1e-9 if waited_ns > 0 else None,
+        load_s=load_s,
+        description=", ".join(words),
+    )
+    if model:
+        journal.changed(name)
+    return event
+
+
+def _cause(record: Mapping[str, Any], where: str, name_of: Callable[[int], str]) -> tuple[str, str]:
+    """For whom or what it was done: its resource name, and words."""
+    match record["why"]:
+        case "MODEL":
+            cause = f"models/{name_of(record['cause'])}"
+            return cause, f"for {cause}"
+        case "BUDGET":
+            return where, f"because {where} holds more than its budget"
+        case "DEVICE_CLOSED":
+            return where, f"because {where} is drained"
+        case "OPERATOR":
+            return OPERATOR, "because an operator asked for it"
+        case "REMOVED":
+            return OPERATOR, "because the model was deleted"
+        case "REPLACED":
+            return OPERATOR, "because another copy of it has taken over"
+        case _:
+            return "", ""

@@ -1,0 +1,197 @@
+"""Loads and unloads: tasks that do what the core asked for, and say what became of it.
+
+A load that fails in whatever way ends as one of the core's three kinds of failure and a text for
+people; an unload that does not get everything back is looked at again until it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, Protocol
+
+from modelyard_server import _core
+from modelyard_server.devices.placed import PlacedAs
+from modelyard_server.errors import Refusal
+from modelyard_server.execution.engine import Engine
+from modelyard_server.residency.values import MAX_BYTES, ModelHandle
+from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError, OptionError
+from modelyard_server.runtimes.targets import Target
+
+__all__ = ["Outcomes", "Transfers"]
+
+logger = logging.getLogger(__name__)
+
+_RECHECK_S = (0.1, 1.0, 5.0, 30.0)
+"""When an unload's missing memory is looked for again; the last one repeats."""
+
+
+class Outcomes(Protocol):
+    """What is told of how transfers end. Called on the event loop's thread."""
+
+    def repriced(self, handle: ModelHandle, ways: Sequence[PlacedAs]) -> None:
+        """A model turned out to need more before its load began; it is given up (load_failed)."""
+
+    def loaded(
+        self, handle: ModelHandle, target: Target, held: Mapping[int, int], took_s: float
+    ) -> None:
+        """A load has ended well."""
+
+    def load_failed(self, handle: ModelHandle, failure: _core.LoadFailure) -> None:
+        """A load has failed and holds nothing."""
+
+    def unloaded(self, handle: ModelHandle, freed: Mapping[int, int]) -> Mapping[int, int]:
+        """An unload has ended; returns what is missing, by position of the device."""
+
+    def reclaimed(self, handle: ModelHandle, back: Mapping[int, int]) -> None:
+        """Memory that was missing is back after all."""
+
+    def is_short(self, handle: ModelHandle) -> bool:
+        """True while a model's memory is missing."""
+
+
+class Transfers:
+    """Runs loads and unloads.
+
+    Args:
+        engine: what loads and unloads.
+        device_names: resource names of the devices, for the log.
+        outcomes: is told how they end.
+    """
+
+    def __init__(self, engine: Engine, *, device_names: Sequence[str], outcomes: Outcomes) -> None:
+        self._engine = engine
+        self._device_names = tuple(device_names)
+        self._outcomes = outcomes
+        self._closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._rechecks: set[asyncio.Task[None]] = set()
+
+    @property
+    def count(self) -> int:
+        """Loads and unloads that run."""
+        return len(self._tasks)
+
+    def load(self, handle: ModelHandle, target: Target) -> None:
+        """Begins a load."""
+        self._start(self._tasks, self._load(handle, target), f"load {handle.name}")
+
+    def stop_load(self, handle: ModelHandle) -> None:
+        """Asks a load to stop."""
+        handle.load_stopped = True
+        self._engine.cancel_load(handle.core_id)
+
+    def unload(self, handle: ModelHandle) -> None:
+        """Begins an unload."""
+        self._start(self._tasks, self._unload(handle), f"unload {handle.name}")
+
+    def stop(self) -> None:
+        """Loads from now on end before they begin, and nothing is looked for any more."""
+        self._closing = True
+        for task in self._rechecks:
+            task.cancel()
+
+    async def settle(self, timeout_s: float) -> bool:
+        """Waits for what runs. False if some of it still does after timeout_s."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while tasks := self._tasks | self._rechecks:
+            left_s = deadline - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                return False
+            await asyncio.wait(tasks, timeout=left_s)
+        return True
+
+    def _start(
+        self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None], name: str
+    ) -> None:
+        # In a context of its own: what comes of it is not the doing of whoever began it.
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(
+            work, name=name, context=contextvars.Context()
+        )
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    async def _load(self, handle: ModelHandle, target: Target) -> None:
+        loop = asyncio.get_running_loop()
+        handle.load_started = began = loop.time()
+        handle.load_stopped = self._closing
+        try:
+            await self._price_again(handle)
+            # The engine did not know of the load until now, and could not stop it.
+            if handle.load_stopped:
+                raise LoadCancelled
+            held = await self._engine.load(handle.core_id, handle.spec, target)
+        except LoadCancelled:
+            failure = _core.LoadFailure.CANCELLED
+        except ModelFilesError as error:
+            handle.failure_text = error.text
+            failure = (
+                _core.LoadFailure.TRANSIENT if error.transient else _core.LoadFailure.PERMANENT
+            )
+            logger.warning("loading %s failed: %s", handle.name, error.text)
+        except OptionError as error:  # Of a stored model, and not known to this version.
+            handle.failure_text = f"{error.option}: {error.text}"
+            failure = _core.LoadFailure.PERMANENT
+            logger.warning("loading %s failed: %s", handle.name, handle.failure_text)
+        except MemoryError:
+            handle.failure_text = "the machine has no memory for it now"
+            failure = _core.LoadFailure.TRANSIENT
+            logger.exception("loading %s failed", handle.name)
+        except Exception as error:  # the task's edge: it becomes an event and one log line
+            handle.failure_text = f"its loader raised {type(error).__name__}"
+            failure = _core.LoadFailure.PERMANENT
+            logger.exception("loading %s failed", handle.name)
+        else:
+            took_s = loop.time() - began
+            logger.info("loaded %s in %.3f s", handle.name, took_s)
+            handle.failure_text = ""
+            self._outcomes.loaded(handle, target, held, took_s)
+            # Only now: whoever is granted by this load still reads when it began.
+            loop.call_soon(setattr, handle, "load_started", None)
+            return
+        handle.load_started = None
+        self._outcomes.load_failed(handle, failure)
+
+    async def _price_again(self, handle: ModelHandle) -> None:
+        """Looks whether the files have grown since they were priced.
+
+        If so, what is reserved is too little: the load is given up, and the core, told the new
+        price, makes room for it and asks again.
+        """
+        price = await self._engine.price(handle.spec)
+        if price.peak_bytes <= handle.priced_bytes:
+            return
+        if price.peak_bytes > MAX_BYTES:
+            raise ModelFilesError(f"needs {price.peak_bytes} bytes, more than any device has")
+        try:
+            ways = handle.replan(price)
+        except Refusal as refusal:
+            raise ModelFilesError(refusal.text) from None
+        handle.priced_bytes = price.peak_bytes
+        self._outcomes.repriced(handle, ways)
+        raise LoadCancelled
+
+    async def _unload(self, handle: ModelHandle) -> None:
+        freed = await self._engine.unload(handle.core_id)
+        missing = self._outcomes.unloaded(handle, freed)
+        for device, size_bytes in missing.items():
+            logger.error(
+                "%s kept %d bytes on %s after its unload; they are quarantined",
+                handle.name,
+                size_bytes,
+                self._device_names[device],
+            )
+        if missing and not self._closing:
+            self._start(self._rechecks, self._recheck(handle), f"recheck {handle.name}")
+
+    async def _recheck(self, handle: ModelHandle) -> None:
+        attempt = 0
+        while self._outcomes.is_short(handle):
+            await asyncio.sleep(_RECHECK_S[min(attempt, len(_RECHECK_S) - 1)])
+            attempt += 1
+            back = await self._engine.recheck(handle.core_id)
+            if back:
+                logger.info("%d quarantined bytes of %s are back", sum(back.values()), handle.name)
+                self._outcomes.reclaimed(handle, back)
