@@ -53,6 +53,8 @@ class Reason(enum.Enum):
     DEADLINE_IN_RUN = Code.DEADLINE_EXCEEDED, 19
     SERVER_DRAINING = Code.UNAVAILABLE, 20
     INTERNAL = Code.INTERNAL, 21
+    CONFIG_OWNED = Code.FAILED_PRECONDITION, 22
+    CATALOG_UNAVAILABLE = Code.UNAVAILABLE, 23
 
     @property
     def code(self) -> Code:

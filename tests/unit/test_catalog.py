@@ -10,18 +10,30 @@ from hypothesis import strategies as st
 
 from modelyard_server.catalog.catalog import Catalog
 from modelyard_server.catalog.model import Model, ModelDraft, is_key, is_model_id
+from modelyard_server.catalog.records import Owner
+from modelyard_server.devices.placed import whole
 from modelyard_server.errors import Reason, Refusal, Resource
 from modelyard_server.residency.values import ModelHandle
 from modelyard_server.routing.resolve import resolve
-from modelyard_server.runtimes.api import ModelSpec
+from modelyard_server.runtimes.api import ModelSpec, Price
 
 
 def model_of(model_id: str, *keys: str) -> Model:
     spec = ModelSpec(name=model_id, runtime="fake")
+    ways = (whole(0, Price(resting_bytes=1, peak_bytes=1)),)
     return Model(
         draft=ModelDraft(id=model_id, keys=keys, runtime="fake", options={}),
-        handle=ModelHandle(name=model_id, core_id=1, spec=spec, placements=(0,), needed_bytes=1),
-        estimated_bytes=1,
+        owner=Owner.API,
+        ways=ways,
+        replan=lambda price: ways,
+        handle=ModelHandle(
+            name=model_id,
+            core_id=1,
+            spec=spec,
+            ways=ways,
+            replan=lambda price: ways,
+            priced_bytes=1,
+        ),
         created=datetime(2026, 1, 1, tzinfo=UTC),
         etag='"1"',
     )
@@ -84,6 +96,28 @@ def test_a_models_own_id_may_be_among_its_keys() -> None:
     assert list(catalog.keys) == ["m"]
     catalog.remove(model)
     assert not catalog.keys
+
+
+def test_a_model_that_takes_anothers_place_takes_its_keys_and_frees_the_rest() -> None:
+    catalog = Catalog()
+    old, other, new = model_of("m", "k", "l"), model_of("n", "taken"), model_of("m", "l", "z")
+    catalog.add(old)
+    catalog.add(other)
+    catalog.replace(old, new)
+    assert dict(catalog.keys) == {"m": new, "l": new, "z": new, "n": other, "taken": other}
+    assert catalog.models() == [new, other]
+
+
+@pytest.mark.parametrize("key", ["taken", "n"])
+def test_a_model_whose_keys_are_taken_takes_nobodys_place(key: str) -> None:
+    catalog = Catalog()
+    old, other = model_of("m", "k"), model_of("n", "taken")
+    catalog.add(old)
+    catalog.add(other)
+    with pytest.raises(Refusal) as caught:
+        catalog.replace(old, model_of("m", "k", key))
+    assert caught.value.reason is Reason.ALREADY_EXISTS
+    assert dict(catalog.keys) == {"m": old, "k": old, "n": other, "taken": other}
 
 
 def test_an_unknown_model_is_not_found() -> None:

@@ -8,71 +8,50 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.fake_engine import FakeEngine, turns
+from tests.support.catalog_bench import CatalogBench
+from tests.support.fake_engine import turns
 
 from modelyard.devices import ComponentDevice, Device
-from modelyard_server.catalog.catalog import Catalog
-from modelyard_server.catalog.model import Model, ModelDraft
-from modelyard_server.catalog.registry import Registry
-from modelyard_server.devices.inventory import ManagedDevice
+from modelyard_server.catalog.model import Model, ModelDraft, Registration
+from modelyard_server.catalog.records import Change, Owner
 from modelyard_server.errors import Code, Reason, Refusal
-from modelyard_server.residency.shell import Residency
-from modelyard_server.residency.values import NEVER_NS, State, YardSettings
+from modelyard_server.residency.journal import EventType
+from modelyard_server.residency.values import NEVER_NS, State
 from modelyard_server.runtimes.api import ModelFilesError, OptionError
 
-BUDGETS = (250, 400)
 
-
-class Bench:
-    """A registry over a fake engine, with one root."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.engine = FakeEngine()
-        self.catalog = Catalog()
-        devices = [
-            ManagedDevice(
-                name=f"devices/cuda-{i}",
-                device=Device.from_str(f"cuda:{i}"),
-                logical=True,
-                torch_device="cpu",
-                threads=1,
-                total_bytes=1000,
-                budget_bytes=budget,
-            )
-            for i, budget in enumerate(BUDGETS)
-        ]
-        self.residency = Residency(
-            settings=YardSettings(budgets=BUDGETS),
-            device_names=[device.name for device in devices],
-            engine=self.engine,
-        )
-        self.registry = Registry(
-            catalog=self.catalog,
-            engine=self.engine,
-            residency=self.residency,
-            devices=devices,
-            roots={"store": root},
-        )
+class Bench(CatalogBench):
+    """A registry over a fake engine, with one root and one model folder."""
 
     def draft(self, model_id: str = "m", **changes: Any) -> ModelDraft:
-        values: dict[str, Any] = {
-            "id": model_id,
-            "root": "store",
-            "folder": "m",
-            "runtime": "fake",
-            "options": {},
-        }
-        return ModelDraft(**(values | changes))
+        return super().draft(model_id, **({"root": "store", "folder": "m"} | changes))
 
-    async def refused(self, draft: ModelDraft, **options: Any) -> Refusal:
+    async def refused_draft(self, draft: ModelDraft, **options: Any) -> Refusal:
         """The refusal of a draft, which must leave nothing behind."""
-        before = dict(self.catalog.keys)
-        with pytest.raises(Refusal) as caught:
-            await self.registry.create(draft, **options)
+        before, written = dict(self.catalog.keys), list(self.store.written)
+        revision = self.journal.revision
+        refusal = await self.refused(self.creating(draft, **options))
         assert dict(self.catalog.keys) == before
         assert self.residency._yard.model_count == len(self.catalog.models())
-        return caught.value
+        assert self.store.written == written
+        assert self.journal.revision == revision
+        return refusal
+
+    async def creating(self, draft: ModelDraft, **options: Any) -> Registration:
+        async with self.writes.alone():
+            return await self.registry.create(draft, **options)
+
+    async def deleting(self, model: Model) -> None:
+        async with self.writes.alone():
+            await self.registry.delete(model)
+
+    async def updating(self, old: Model, draft: ModelDraft, **options: Any) -> Registration:
+        async with self.writes.alone():
+            return await self.registry.update(old, draft, **options)
+
+    async def pinning(self, model: Model, pinned: bool) -> None:
+        async with self.writes.alone():
+            await self.registry.set_pinned(model, pinned)
 
 
 @pytest.fixture
@@ -81,13 +60,11 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     (root / "m").mkdir(parents=True)
     made = Bench(root)
     yield made
-    await made.residency.close(10)
-    made.residency.audit()
-    assert not made.residency._tasks
+    await made.end()
 
 
 async def created(bench: Bench, draft: ModelDraft) -> Model:
-    model = await bench.registry.create(draft)
+    model = await bench.creating(draft)
     assert isinstance(model, Model)
     return model
 
@@ -97,7 +74,7 @@ async def test_a_model_is_registered_cold_priced_and_known_by_its_keys(bench: Be
     assert bench.catalog.get("m") is model
     assert bench.catalog.keys["a/b"] is model
     assert model.estimated_bytes == model.handle.needed_bytes == 100
-    assert model.handle.placements == (0, 1)
+    assert [dict(way.charges) for way in model.handle.ways] == [{0: 100}, {1: 100}]
     spec = model.handle.spec
     assert (spec.name, spec.folder, spec.task) == ("m", bench.root / "m", "t")
     assert spec.options == {"x": 1}
@@ -108,27 +85,27 @@ async def test_a_model_is_registered_cold_priced_and_known_by_its_keys(bench: Be
 
 async def test_a_model_registered_again_has_another_etag(bench: Bench) -> None:
     first = await created(bench, bench.draft())
-    bench.registry.delete(first)
+    await bench.deleting(first)
     second = await created(bench, bench.draft())
     assert first.etag != second.etag
 
 
 async def test_validate_only_checks_everything_and_changes_nothing(bench: Bench) -> None:
-    checked = await bench.registry.create(bench.draft(), validate_only=True)
+    checked = await bench.creating(bench.draft(), validate_only=True)
     assert not isinstance(checked, Model)
     assert (checked.id, checked.estimated_bytes) == ("m", 100)
     assert bench.catalog.models() == []
     assert bench.engine.priced == ["m"]
     bench.engine.price_errors["m"] = ModelFilesError("cut short")
-    refusal = await bench.refused(bench.draft(), validate_only=True)
+    refusal = await bench.refused_draft(bench.draft(), validate_only=True)
     assert refusal.reason is Reason.LOAD_FAILED
     bench.engine.price_errors.clear()
     bench.engine.prices["m"] = 401
-    refusal = await bench.refused(bench.draft(), validate_only=True)
+    refusal = await bench.refused_draft(bench.draft(), validate_only=True)
     assert refusal.reason is Reason.MODEL_NEVER_FITS
     bench.engine.prices["m"] = 1
     await created(bench, bench.draft())
-    refusal = await bench.refused(bench.draft(), validate_only=True)
+    refusal = await bench.refused_draft(bench.draft(), validate_only=True)
     assert refusal.reason is Reason.ALREADY_EXISTS
 
 
@@ -160,7 +137,7 @@ async def test_a_folder_that_is_no_folder_below_its_root_is_refused(
     bench: Bench, folder: str
 ) -> None:
     (bench.root / "file").write_text("x")
-    refusal = await bench.refused(bench.draft(folder=folder))
+    refusal = await bench.refused_draft(bench.draft(folder=folder))
     assert refusal.reason is Reason.INVALID_FIELD
     assert [v.field for v in refusal.violations] == ["model.source"]
     assert str(bench.root) not in refusal.text
@@ -176,7 +153,7 @@ async def test_symbolic_links_are_not_followed(bench: Bench, tmp_path: Path) -> 
     (bench.root / "inside").symlink_to(bench.root / "m")
     (bench.root / "dangling").symlink_to(tmp_path / "nowhere")
     for folder in ("link", "up/m", "inside", "dangling"):
-        refusal = await bench.refused(bench.draft(folder=folder))
+        refusal = await bench.refused_draft(bench.draft(folder=folder))
         assert refusal.reason is Reason.INVALID_FIELD
         assert str(tmp_path) not in refusal.text
 
@@ -196,7 +173,7 @@ async def test_folders_may_be_nested(bench: Bench) -> None:
 
 @pytest.mark.parametrize("root", ["", "nowhere", "x" * 1000, "../store"])
 async def test_an_unknown_root_is_refused_with_those_there_are(bench: Bench, root: str) -> None:
-    refusal = await bench.refused(bench.draft(root=root))
+    refusal = await bench.refused_draft(bench.draft(root=root))
     assert refusal.reason is Reason.INVALID_FIELD
     assert "there are: store" in refusal.text
     assert len(refusal.text) < 200
@@ -209,7 +186,7 @@ async def test_a_model_without_files_has_no_folder(bench: Bench) -> None:
 
 async def test_every_violation_is_told_at_once(bench: Bench) -> None:
     bench.engine.check_error = OptionError("top_k", "must be a number")
-    refusal = await bench.refused(
+    refusal = await bench.refused_draft(
         bench.draft("Bad Id", keys=("ok", "a..b", "ok", ""), folder="..", root="store")
     )
     assert refusal.reason is Reason.INVALID_FIELD
@@ -226,13 +203,13 @@ async def test_every_violation_is_told_at_once(bench: Bench) -> None:
 @pytest.mark.parametrize("option", ["runtime", "task"])
 async def test_runtime_and_task_are_fields_of_their_own(bench: Bench, option: str) -> None:
     bench.engine.check_error = OptionError(option, "is unknown")
-    refusal = await bench.refused(bench.draft())
+    refusal = await bench.refused_draft(bench.draft())
     assert [v.field for v in refusal.violations] == [f"model.{option}"]
 
 
 async def test_a_model_that_fits_no_device_is_refused_with_every_budget(bench: Bench) -> None:
     bench.engine.prices["m"] = 401
-    refusal = await bench.refused(bench.draft())
+    refusal = await bench.refused_draft(bench.draft())
     assert refusal.reason is Reason.MODEL_NEVER_FITS
     assert refusal.metadata == {
         "device": "devices/cuda-1",
@@ -245,15 +222,15 @@ async def test_a_model_that_fits_no_device_is_refused_with_every_budget(bench: B
 async def test_a_model_must_fit_where_it_is_placed(bench: Bench) -> None:
     bench.engine.prices["m"] = 300
     placement = ComponentDevice.from_single(Device.from_str("cuda:0"))
-    refusal = await bench.refused(bench.draft(placement=placement))
+    refusal = await bench.refused_draft(bench.draft(placement=placement))
     assert refusal.reason is Reason.MODEL_NEVER_FITS
     model = await created(bench, bench.draft())
-    assert model.handle.placements == (0, 1)
+    assert [dict(way.charges) for way in model.handle.ways] == [{0: 300}, {1: 300}]
 
 
 async def test_a_placement_the_server_has_not_is_refused(bench: Bench) -> None:
     placement = ComponentDevice.from_single(Device.from_str("xpu:0"))
-    assert (await bench.refused(bench.draft(placement=placement))).reason is (
+    assert (await bench.refused_draft(bench.draft(placement=placement))).reason is (
         Reason.PLACEMENT_INVALID
     )
 
@@ -265,7 +242,7 @@ async def test_files_that_are_no_model_are_refused(
     bench: Bench, transient: bool, code: Code
 ) -> None:
     bench.engine.price_errors["m"] = ModelFilesError("config.json is gone", transient=transient)
-    refusal = await bench.refused(bench.draft())
+    refusal = await bench.refused_draft(bench.draft())
     assert refusal.reason is Reason.LOAD_FAILED
     assert refusal.code is code
     assert refusal.text == "config.json is gone"
@@ -274,7 +251,7 @@ async def test_files_that_are_no_model_are_refused(
 
 async def test_of_two_that_register_the_same_name_at_once_one_is_refused(bench: Bench) -> None:
     bench.engine.price_gate = asyncio.Event()
-    tasks = [asyncio.create_task(bench.registry.create(bench.draft())) for _ in range(2)]
+    tasks = [asyncio.create_task(bench.creating(bench.draft())) for _ in range(2)]
     await turns()
     bench.engine.price_gate.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -285,7 +262,7 @@ async def test_of_two_that_register_the_same_name_at_once_one_is_refused(bench: 
 
 async def test_a_registration_that_is_cancelled_leaves_nothing(bench: Bench) -> None:
     bench.engine.price_gate = asyncio.Event()
-    task = asyncio.create_task(bench.registry.create(bench.draft()))
+    task = asyncio.create_task(bench.creating(bench.draft()))
     await turns()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -295,59 +272,181 @@ async def test_a_registration_that_is_cancelled_leaves_nothing(bench: Bench) -> 
     await created(bench, bench.draft())
 
 
-async def test_a_broken_model_of_the_configuration_is_adopted_and_breaks_only_itself(
-    bench: Bench,
-) -> None:
-    bench.engine.price_errors["m"] = ModelFilesError("config.json is gone")
-    model = await bench.registry.adopt(bench.draft(keys=("k",)))
-    assert bench.catalog.keys["k"] is model
-    with pytest.raises(Refusal) as caught:
-        await bench.residency.lease(model.handle, NEVER_NS)
-    assert caught.value.reason is Reason.LOAD_FAILED
-    assert model.handle.failure_text == "config.json is gone"
-
-
-async def test_an_adopted_model_whose_files_are_whole_again_is_loaded(bench: Bench) -> None:
-    bench.engine.price_errors["m"] = ModelFilesError("config.json is gone")
-    model = await bench.registry.adopt(bench.draft())
-    bench.engine.price_errors.clear()
-    waiter = asyncio.create_task(bench.residency.lease(model.handle, NEVER_NS))
-    await turns()
-    assert model.handle.needed_bytes == 100
-    device = bench.engine.loads[model.handle.core_id].device
-    assert bench.residency.device_use(device).reserved == 100
-    bench.engine.loads[model.handle.core_id].finish(100)
-    (await waiter).release()
-
-
-@pytest.mark.parametrize("changes", [{"folder": ".."}, {"keys": ("..",)}])
-async def test_a_configuration_that_is_itself_wrong_is_not_adopted(
-    bench: Bench, changes: dict[str, Any]
-) -> None:
-    with pytest.raises(Refusal) as caught:
-        await bench.registry.adopt(bench.draft(**changes))
-    assert caught.value.reason is Reason.INVALID_FIELD
-    assert bench.catalog.models() == []
-
-
-async def test_a_model_too_large_for_every_budget_is_adopted_or_refused_but_no_crash(
-    bench: Bench,
-) -> None:
-    # 2^50 bytes is what the identity runtime lets a configuration ask for.
-    bench.engine.prices["m"] = 2**50
-    try:
-        model = await bench.registry.adopt(bench.draft())
-    except Refusal as refusal:
-        assert refusal.reason is Reason.MODEL_NEVER_FITS
-        return
-    with pytest.raises(Refusal) as caught:
-        await bench.residency.lease(model.handle, NEVER_NS)
-    assert caught.value.reason is Reason.MODEL_NEVER_FITS
-
-
 async def test_a_deleted_model_is_gone_from_catalog_and_yard(bench: Bench) -> None:
     model = await created(bench, bench.draft(keys=("k",)))
-    bench.registry.delete(model)
+    await bench.deleting(model)
     assert not bench.catalog.keys
     assert bench.residency._yard.model_count == 0
     await created(bench, bench.draft(keys=("k",)))
+
+
+# --- Durable, and only then so --------------------------------------------------------------------
+
+
+async def test_a_created_model_is_stored_before_it_is_known(bench: Bench) -> None:
+    bench.store.gate = asyncio.Event()
+    task = asyncio.create_task(bench.creating(bench.draft(keys=("k",))))
+    await bench.until(bench.writes._lock.locked)
+    await turns()
+    assert not bench.catalog.keys
+    bench.store.gate.set()
+    model = await task
+    assert isinstance(model, Model)
+    (record,) = bench.store.read().models
+    assert record == model.record(pinned=False)
+    assert record.owner is Owner.API
+    assert [event.type for event in bench.events()] == [EventType.MODEL_CREATED]
+
+
+async def test_a_full_disk_refuses_every_change_and_nothing_is_changed(bench: Bench) -> None:
+    model = await created(bench, bench.draft(keys=("k",)))
+    before, stored = bench.journal.revision, bench.store.read()
+    bench.store.full = True
+    for work in (
+        bench.creating(bench.draft("other")),
+        bench.updating(model, bench.draft(keys=("l",))),
+        bench.deleting(model),
+    ):
+        refusal = await bench.refused(work)
+        assert refusal.reason is Reason.CATALOG_UNAVAILABLE
+        assert refusal.retry_after_s is not None
+    assert dict(bench.catalog.keys) == {"m": model, "k": model}
+    assert bench.residency._yard.model_count == 1
+    assert bench.journal.revision == before
+    assert bench.store.read() == stored
+    # Serving goes on, and so do changes once there is room.
+    await bench.load_and_release(model)
+    bench.store.full = False
+    await bench.run_all(bench.deleting(model))
+    assert bench.store.read().models == ()
+
+
+async def test_a_change_that_has_begun_to_be_written_is_shown_though_its_caller_has_gone(
+    bench: Bench,
+) -> None:
+    bench.store.gate = asyncio.Event()
+    task = asyncio.create_task(bench.creating(bench.draft()))
+    await bench.until(bench.writes._lock.locked)
+    await turns()
+    task.cancel()
+    await turns()
+    bench.store.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    # What is stored and what is known are the same.
+    assert [record.id for record in bench.store.read().models] == ["m"]
+    assert list(bench.catalog.keys) == ["m"]
+
+
+# --- Changing -------------------------------------------------------------------------------------
+
+
+async def test_an_updated_cold_model_stays_cold_and_keeps_its_birthday(bench: Bench) -> None:
+    old = await created(bench, bench.draft(keys=("a", "b")))
+    new = await bench.updating(old, bench.draft(keys=("b", "c"), options={"x": 1}))
+    assert isinstance(new, Model)
+    assert dict(bench.catalog.keys) == {"m": new, "b": new, "c": new}
+    assert new.created == old.created
+    assert new.etag != old.etag
+    assert bench.state(new) == State.COLD
+    assert new.handle.spec.options == {"x": 1}
+    assert bench.store.read().models == (new.record(pinned=False),)
+    assert bench.events()[-1].type is EventType.MODEL_UPDATED
+
+
+async def test_an_update_that_is_refused_or_only_validated_changes_nothing(bench: Bench) -> None:
+    old = await created(bench, bench.draft())
+    other = await created(bench, bench.draft("other", keys=("taken",)))
+    stored, revision = bench.store.read(), bench.journal.revision
+    checked = await bench.updating(old, bench.draft(keys=("new",)), validate_only=True)
+    assert checked.draft.keys == ("new",)
+    refusal = await bench.refused(bench.updating(old, bench.draft(keys=("taken",))))
+    assert refusal.reason is Reason.ALREADY_EXISTS
+    bench.engine.prices["m"] = 401
+    refusal = await bench.refused(bench.updating(old, bench.draft()))
+    assert refusal.reason is Reason.MODEL_NEVER_FITS
+    bench.engine.price_errors["m"] = ModelFilesError("cut short")
+    refusal = await bench.refused(bench.updating(old, bench.draft()))
+    assert refusal.reason is Reason.LOAD_FAILED
+    assert dict(bench.catalog.keys) == {"m": old, "other": other, "taken": other}
+    assert bench.store.read() == stored
+    assert bench.journal.revision == revision
+
+
+async def test_an_updated_model_that_had_failed_is_loaded_without_a_pause(bench: Bench) -> None:
+    old = await created(bench, bench.draft())
+    waiter = asyncio.create_task(bench.residency.lease(old.handle, NEVER_NS))
+    await turns()
+    bench.engine.loads[old.handle.core_id].fail(ModelFilesError("cut short"))
+    with pytest.raises(Refusal):
+        await waiter
+    assert bench.state(old) == State.FAILED
+    new = await bench.updating(old, bench.draft(options={"x": 1}))
+    assert isinstance(new, Model)
+    await bench.load_and_release(new)
+
+
+async def test_models_of_the_configuration_are_neither_updated_nor_deleted(bench: Bench) -> None:
+    checked = bench.registry.check(bench.draft(), folder_needed=True)
+    price = await bench.registry.price(checked.spec)
+    registration = bench.registry.register(checked, price, owner=Owner.CONFIG, origin="x")
+    await bench.store.write(Change(put_models=(registration.record(pinned=False),)))
+    model = bench.registry.add(registration, checked.spec, price)
+    for work in (bench.updating(model, bench.draft()), bench.deleting(model)):
+        refusal = await bench.refused(work)
+        assert refusal.reason is Reason.CONFIG_OWNED
+        assert refusal.resource is not None
+        assert refusal.resource.name == "models/m"
+    # A pin is not the file's.
+    await bench.pinning(model, True)
+    assert bench.store.read().models == (model.record(pinned=True),)
+
+
+# --- Pins -----------------------------------------------------------------------------------------
+
+
+async def test_a_pin_loads_and_is_stored_and_taken_back(bench: Bench) -> None:
+    model = await created(bench, bench.draft())
+    await bench.pinning(model, True)
+    assert bench.store.read().models[0].pinned
+    assert bench.residency.use(model.handle).pinned
+    await bench.settle()
+    assert bench.state(model) == State.RESIDENT
+    writes = len(bench.store.written)
+    await bench.pinning(model, True)
+    assert len(bench.store.written) == writes
+    await bench.pinning(model, False)
+    assert not bench.store.read().models[0].pinned
+    assert bench.state(model) == State.RESIDENT
+
+
+async def test_a_pin_that_cannot_be_stored_or_loaded_is_none(bench: Bench) -> None:
+    model = await created(bench, bench.draft())
+    bench.store.full = True
+    refusal = await bench.refused(bench.pinning(model, True))
+    assert refusal.reason is Reason.CATALOG_UNAVAILABLE
+    assert not bench.residency.use(model.handle).pinned
+    bench.store.full = False
+    for device in (0, 1):
+        bench.residency.set_budget(device, 10)
+    await bench.settle()
+    refusal = await bench.refused(bench.pinning(model, True))
+    assert refusal.reason is Reason.MODEL_NEVER_FITS
+    assert not bench.residency.use(model.handle).pinned
+    assert not bench.store.read().models[0].pinned
+
+
+async def test_a_model_that_leaves_while_its_pin_is_written_is_loaded_again(bench: Bench) -> None:
+    model = await created(bench, bench.draft())
+    await bench.load_and_release(model)
+    bench.store.gate = asyncio.Event()
+    task = asyncio.create_task(bench.pinning(model, True))
+    await bench.until(bench.writes._lock.locked)
+    await turns()
+    await bench.run_all(bench.residency.unload(model.handle))
+    assert bench.state(model) == State.COLD
+    bench.store.gate.set()
+    await task
+    await bench.settle()
+    assert bench.state(model) == State.RESIDENT
+    assert bench.residency.use(model.handle).pinned

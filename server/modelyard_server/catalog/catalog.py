@@ -1,4 +1,4 @@
-"""The registered models, by id and by key."""
+"""The registered models, by id and by key: the table that requests look at."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ __all__ = ["Catalog"]
 
 
 class Catalog:
-    """Models by id and by key. In memory: what the configuration file says comes back with it.
+    """Models by id and by key.
+
+    Only what is in memory; the store keeps what is to last. Every change is one step between two
+    requests.
 
     Invariant: a key means one model; a model's id is one of its keys. On the event loop's thread
-        only.
+    only.
     """
 
     def __init__(self) -> None:
@@ -27,12 +30,20 @@ class Catalog:
         """What each key means. A live view."""
         return MappingProxyType(self._keys)
 
-    def check_free(self, model_id: str, keys: Iterable[str]) -> None:
-        """Raises Refusal ALREADY_EXISTS if the id or a key is taken."""
-        if model_id in self._models:
+    def check_free(
+        self, model_id: str, keys: Iterable[str], *, but_for: Model | None = None
+    ) -> None:
+        """Raises Refusal ALREADY_EXISTS if the id or a key is taken by another model.
+
+        Args:
+            model_id: the id.
+            keys: the keys.
+            but_for: a model whose id and keys count as free.
+        """
+        if self._models.get(model_id, but_for) is not but_for:
             raise _taken("model", model_id)
         for key in (model_id, *keys):
-            if key in self._keys:
+            if self._keys.get(key, but_for) is not but_for:
                 raise _taken("key", key)
 
     def add(self, model: Model) -> None:
@@ -41,6 +52,12 @@ class Catalog:
         self._models[model.id] = model
         for key in (model.id, *model.draft.keys):
             self._keys[key] = model
+
+    def replace(self, old: Model, new: Model) -> None:
+        """Puts a model of the same id in another's place, in one step."""
+        self.check_free(new.id, new.draft.keys, but_for=old)
+        self.remove(old)
+        self.add(new)
 
     def remove(self, model: Model) -> None:
         """Takes a model and its keys out."""
