@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from modelyard.devices import DeviceType
 from modelyard.v1 import (
     admin_service_pb2,
     device_service_pb2,
@@ -13,28 +15,32 @@ from modelyard.v1 import (
 )
 from modelyard_server.catalog.catalog import Catalog
 from modelyard_server.catalog.model import ModelDraft
+from modelyard_server.catalog.plans import DevicePlans
 from modelyard_server.catalog.registry import Registry
-from modelyard_server.config import Config
+from modelyard_server.catalog.restoring import ConfiguredModel, Restorer
+from modelyard_server.catalog.store import CatalogStore
+from modelyard_server.catalog.writes import Writes
+from modelyard_server.config import Config, ModelConfig
 from modelyard_server.devices.inventory import ManagedDevice, take_inventory
-from modelyard_server.errors import Refusal
+from modelyard_server.devices.probes import Probe
 from modelyard_server.execution.engine import Engine
 from modelyard_server.execution.thread_engine import ThreadEngine
+from modelyard_server.residency.journal import Journal
 from modelyard_server.residency.shell import Residency
 from modelyard_server.residency.values import YardSettings
 from modelyard_server.runtimes.registry import make_runtimes
 from modelyard_server.services.admin import AdminService
 from modelyard_server.services.devices import DeviceService
-from modelyard_server.services.handler import unary
+from modelyard_server.services.handler import draining, server_stream, unary
 from modelyard_server.services.inference import InferenceService
 from modelyard_server.services.models import ModelService
 from modelyard_server.services.residencies import ResidencyService
-from modelyard_server.services.status import defect_reply
+from modelyard_server.services.status import defect_reply, reply_of
+from modelyard_server.services.watch import WatchService
 from modelyard_server.transport.aio import AioTransport
-from modelyard_server.transport.api import Handlers
+from modelyard_server.transport.api import Handlers, Streaming
 
 __all__ = ["Application", "build"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,10 @@ class Application:
         residency: which of them are in memory.
         catalog: which there are.
         registry: how they get there.
+        plans: budgets, drains and placements together.
+        restorer: brings back what was stored.
+        store: keeps the catalog and the plan.
+        journal: what happened.
         transport: how calls come in.
     """
 
@@ -57,10 +67,14 @@ class Application:
     residency: Residency
     catalog: Catalog
     registry: Registry
+    plans: DevicePlans
+    restorer: Restorer
+    store: CatalogStore
+    journal: Journal
     transport: AioTransport
 
     async def start(self) -> int:
-        """Starts the engine, registers the configured models and begins to serve.
+        """Starts the engine, registers the configured and the stored models, and begins to serve.
 
         Returns:
             The port.
@@ -68,32 +82,14 @@ class Application:
         Raises:
             PortInUse: the address is taken.
             Refusal: a model of the configuration cannot be registered; its text names the model.
+            StoreError: what was stored cannot be read.
         """
-        server = self.config.server
-        await self.engine.start(sorted({model.runtime for model in self.config.models}))
-        for model in self.config.models:
-            draft = ModelDraft(
-                id=model.id,
-                keys=model.keys,
-                root=model.root or "",
-                folder=model.folder or "",
-                runtime=model.runtime,
-                task=model.task,
-                options=model.plain_options(),
-                placement=model.device,
-            )
-            try:
-                registered = await self.registry.adopt(draft)
-            except Refusal as refusal:
-                refusal.text = f"models.{model.id}: {refusal.text}"
-                raise
-            if model.pinned:
-                try:
-                    self.residency.want(registered.handle)
-                except Refusal as refusal:
-                    logger.error("%s is to be pinned and cannot be: %s", model.id, refusal)
-                self.residency.set_pinned(registered.handle, True)
-        return await self.transport.start(server.listen)
+        stored = self.store.read()
+        runtimes = {model.runtime for model in self.config.models}
+        runtimes |= {model.runtime for model in stored.models}
+        await self.engine.start(sorted(runtimes))
+        await self.restorer.restore([_configured(model) for model in self.config.models], stored)
+        return await self.transport.start(self.config.server.listen)
 
     async def stop(self, grace_s: float) -> bool:
         """Takes no new calls, answers those that run, and gives everything back.
@@ -104,21 +100,32 @@ class Application:
         Returns:
             False if something still runs: a model or a loader that hangs.
         """
+        self.journal.close()
         await self.transport.stop(grace_s)
         settled = await self.residency.close(grace_s)
+        await self.store.close()
         return await self.engine.stop(grace_s if settled else 0) and settled
 
 
-def build(config: Config) -> Application:
-    """Wires an application. Opens nothing and starts nothing.
+def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -> Application:
+    """Wires an application. Opens the catalog's file, and starts nothing.
+
+    Args:
+        config: what is to be wired.
+        probes: other probes of devices, by kind; those of this machine if None.
 
     Raises:
         DeviceMissing: the configuration names a device that this machine has not.
+        BudgetImpossible: its budgets promise more than there is.
+        StoreError: the catalog's file cannot be used.
     """
-    devices = take_inventory(config.devices)
+    devices = take_inventory(config.devices, roots=config.roots.values(), using=probes)
     names = tuple(device.name for device in devices)
     runtimes = make_runtimes(config.allowed_factories)
     engine = ThreadEngine(devices=[device.engine_device() for device in devices], runtimes=runtimes)
+    store = CatalogStore.open(config.catalog.path)
+    writes = Writes(store)
+    journal = Journal(capacity=config.yard.explain_capacity)
     residency = Residency(
         settings=YardSettings(
             budgets=tuple(device.budget_bytes for device in devices),
@@ -133,6 +140,7 @@ def build(config: Config) -> Application:
         ),
         device_names=names,
         engine=engine,
+        journal=journal,
     )
     catalog = Catalog()
     registry = Registry(
@@ -141,26 +149,58 @@ def build(config: Config) -> Application:
         residency=residency,
         devices=devices,
         roots=config.roots,
+        writes=writes,
+        journal=journal,
     )
+    plans = DevicePlans(
+        devices=devices,
+        catalog=catalog,
+        registry=registry,
+        residency=residency,
+        writes=writes,
+        journal=journal,
+    )
+    restorer = Restorer(
+        devices=devices, registry=registry, plans=plans, residency=residency, writes=writes
+    )
+    max_deadline_s = config.server.max_deadline_s
     inference = InferenceService(
         table=catalog.keys,
         residency=residency,
         engine=engine,
         device_names=names,
         default_deadline_s=config.server.default_deadline_s,
-        max_deadline_s=config.server.max_deadline_s,
+        max_deadline_s=max_deadline_s,
     )
     handlers = _handlers(
         inference,
-        ModelService(catalog=catalog, registry=registry),
-        DeviceService(devices=devices, residency=residency, engine=engine),
+        ModelService(
+            catalog=catalog,
+            registry=registry,
+            residency=residency,
+            writes=writes,
+            device_names=names,
+            max_deadline_s=max_deadline_s,
+        ),
+        DeviceService(
+            devices=devices,
+            residency=residency,
+            engine=engine,
+            plans=plans,
+            writes=writes,
+            max_deadline_s=max_deadline_s,
+        ),
         ResidencyService(
             catalog=catalog,
+            registry=registry,
             residency=residency,
+            writes=writes,
             device_names=names,
-            max_deadline_s=config.server.max_deadline_s,
+            max_deadline_s=max_deadline_s,
         ),
         AdminService(residency=residency, figures=inference.figures, runtimes=tuple(runtimes)),
+        WatchService(journal=journal, residency=residency, catalog=catalog, device_names=names),
+        acting=journal.acting,
     )
     return Application(
         config=config,
@@ -169,8 +209,15 @@ def build(config: Config) -> Application:
         residency=residency,
         catalog=catalog,
         registry=registry,
+        plans=plans,
+        restorer=restorer,
+        store=store,
+        journal=journal,
         transport=AioTransport(
-            handlers, max_message_bytes=config.server.max_message_bytes, defect=defect_reply
+            handlers,
+            max_message_bytes=config.server.max_message_bytes,
+            defect=defect_reply,
+            draining=reply_of(draining()),
         ),
     )
 
@@ -181,6 +228,9 @@ def _handlers(
     devices: DeviceService,
     residencies: ResidencyService,
     admin: AdminService,
+    watch: WatchService,
+    *,
+    acting: Callable[[str], AbstractContextManager[None]],
 ) -> Handlers:
     m, d, r, a = (
         model_service_pb2,
@@ -191,25 +241,55 @@ def _handlers(
     return {
         "modelyard.v1.InferenceService": {"Predict": inference.predict},
         "modelyard.v1.ModelService": {
-            "CreateModel": unary(m.CreateModelRequest, models.create_model),
+            "CreateModel": unary(m.CreateModelRequest, models.create_model, acting=acting),
             "GetModel": unary(m.GetModelRequest, models.get_model),
             "ListModels": unary(m.ListModelsRequest, models.list_models),
-            "DeleteModel": unary(m.DeleteModelRequest, models.delete_model),
+            "UpdateModel": unary(m.UpdateModelRequest, models.update_model, acting=acting),
+            "DeleteModel": unary(m.DeleteModelRequest, models.delete_model, acting=acting),
         },
         "modelyard.v1.DeviceService": {
             "ListDevices": unary(d.ListDevicesRequest, devices.list_devices),
             "GetDevice": unary(d.GetDeviceRequest, devices.get_device),
-            "UpdateBudget": unary(d.UpdateBudgetRequest, devices.update_budget),
+            "UpdateBudget": unary(d.UpdateBudgetRequest, devices.update_budget, acting=acting),
+            "GetPlan": unary(d.GetPlanRequest, devices.get_plan),
+            "PlanDevices": unary(d.PlanDevicesRequest, devices.plan_devices),
+            "ApplyPlan": unary(d.ApplyPlanRequest, devices.apply_plan, acting=acting),
+            "DrainDevice": unary(d.DrainDeviceRequest, devices.drain_device, acting=acting),
+            "UndrainDevice": unary(d.UndrainDeviceRequest, devices.undrain_device, acting=acting),
+            "RebalanceDevices": unary(
+                d.RebalanceDevicesRequest, devices.rebalance_devices, acting=acting
+            ),
         },
         "modelyard.v1.ResidencyService": {
-            "LoadModel": unary(r.LoadModelRequest, residencies.load_model),
-            "UnloadModel": unary(r.UnloadModelRequest, residencies.unload_model),
-            "PinModel": unary(r.PinModelRequest, residencies.pin_model),
-            "UnpinModel": unary(r.UnpinModelRequest, residencies.unpin_model),
+            "LoadModel": unary(r.LoadModelRequest, residencies.load_model, acting=acting),
+            "UnloadModel": unary(r.UnloadModelRequest, residencies.unload_model, acting=acting),
+            "PinModel": unary(r.PinModelRequest, residencies.pin_model, acting=acting),
+            "UnpinModel": unary(r.UnpinModelRequest, residencies.unpin_model, acting=acting),
             "ListResidencies": unary(r.ListResidenciesRequest, residencies.list_residencies),
+            "WatchResidencies": Streaming(
+                server_stream(r.WatchResidenciesRequest, watch.watch_residencies)
+            ),
+            "ExplainModel": unary(r.ExplainModelRequest, watch.explain_model),
         },
         "modelyard.v1.AdminService": {
             "GetServerInfo": unary(a.GetServerInfoRequest, admin.get_server_info),
             "GetStats": unary(a.GetStatsRequest, admin.get_stats),
+            "WatchEvents": Streaming(server_stream(a.WatchEventsRequest, watch.watch_events)),
         },
     }
+
+
+def _configured(model: ModelConfig) -> ConfiguredModel:
+    return ConfiguredModel(
+        draft=ModelDraft(
+            id=model.id,
+            keys=model.keys,
+            root=model.root or "",
+            folder=model.folder or "",
+            runtime=model.runtime,
+            task=model.task,
+            options=model.plain_options(),
+            placement=model.device,
+        ),
+        pinned=model.pinned,
+    )

@@ -11,8 +11,9 @@ import signal
 import sys
 
 from modelyard_server.app import Application, build
+from modelyard_server.catalog.store import StoreError
 from modelyard_server.config import Config
-from modelyard_server.devices.inventory import DeviceMissing
+from modelyard_server.devices.inventory import BudgetImpossible, DeviceMissing
 from modelyard_server.errors import Refusal
 from modelyard_server.observability.log import start_logging
 from modelyard_server.transport.aio import PortInUse
@@ -44,7 +45,7 @@ def run_server(config: Config) -> int:
     prepare_process()
     try:
         return asyncio.run(_serve(config))
-    except (PortInUse, DeviceMissing, Refusal) as error:
+    except (PortInUse, DeviceMissing, BudgetImpossible, StoreError, Refusal) as error:
         print(f"modelyard: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
 

@@ -225,8 +225,8 @@ async def test_a_placement_on_a_device_that_is_not_managed_is_refused(
 
 
 async def test_a_model_is_deleted_only_as_it_was_read(tmp_path: Path) -> None:
-    async with running_app(CPU + model_table("m", "identity"), tmp_path) as yard:
-        etag = (await yard.admin(Admin.get_model, "m")).etag
+    async with running_app(CPU, tmp_path) as yard:
+        etag = (await yard.admin(Admin.create_model, "m", runtime="identity")).etag
         error = await refusal_of(yard.admin(Admin.delete_model, "m", etag='"old"'))
         assert isinstance(error, EtagMismatch)
         await yard.client.predict("m", "a")
@@ -252,14 +252,20 @@ async def test_a_name_that_is_too_long_is_nobodys(tmp_path: Path) -> None:
 async def test_deleting_a_model_answers_who_runs_and_refuses_who_waits(tmp_path: Path) -> None:
     for name in ("running", "waiting"):
         faulty_models.make_weights(tmp_path / "store" / name, value=2.0)
-    config = CPU + ROOTS + ALLOWED
-    for name, factory in (("running", "StuckInRun"), ("waiting", "StuckInLoad")):
-        options = {
-            "factory": faulty_models.factory(factory),
-            "factory_options": {"gate": tmp_path / name},
-        }
-        config += model_table(name, "torch", options=options)
-    async with running_app(config, tmp_path) as yard:
+    async with running_app(CPU + ROOTS + ALLOWED, tmp_path) as yard:
+        for name, factory in (("running", "StuckInRun"), ("waiting", "StuckInLoad")):
+            # Its gate is not there yet, and so it is open while its files are looked at.
+            await yard.admin(
+                Admin.create_model,
+                name,
+                runtime="torch",
+                root="store",
+                folder=name,
+                options={
+                    "factory": faulty_models.factory(factory),
+                    "factory_options": {"gate": str(tmp_path / name)},
+                },
+            )
         with (
             faulty_models.closed_gate(tmp_path / "running") as running,
             faulty_models.closed_gate(tmp_path / "waiting") as loading,
@@ -308,9 +314,9 @@ async def test_factory_options_are_the_same_from_the_wire_and_from_the_file(tmp_
 async def test_pages_show_every_item_once(tmp_path: Path) -> None:
     config = device_table("cpu", "1MB") + device_table("cuda:0", "1MB", logical=True)
     names = sorted(f"m-{index}" for index in range(7))
-    for name in names:
-        config += model_table(name, "identity")
     async with running_app(config, tmp_path) as yard:
+        for name in names:
+            await yard.admin(Admin.create_model, name, runtime="identity")
         models = model_service_pb2_grpc.ModelServiceStub(yard.channel)
         residencies = residency_service_pb2_grpc.ResidencyServiceStub(yard.channel)
         devices = device_service_pb2_grpc.DeviceServiceStub(yard.channel)
@@ -491,16 +497,23 @@ async def test_pinned_models_stay(tmp_path: Path) -> None:
         # What cannot help anybody disturbs nobody.
         assert (await yard.residency("small")).state is RESIDENT
         assert isinstance(await refusal_of(yard.admin(Admin.unload, "kept")), ModelInUse)
-        # Not even for a lower budget.
-        await yard.admin(Admin.update_budget, "cpu", 1000)
+        # Not even for a lower budget, which is refused, and changes nothing.
+        before = await yard.device()
+        error = await refusal_of(yard.admin(Admin.update_budget, "cpu", 1000))
+        assert isinstance(error, BudgetExhausted)
+        assert (error.device, error.needed_bytes) == ("devices/cpu", 1500)
         await yard.at_rest()
         device = await yard.device()
-        assert (device.resident_bytes, device.deficit_bytes) == (1500, 500)
+        assert (device.budget_bytes, device.resident_bytes) == (2000, before.resident_bytes)
+        assert (device.deficit_bytes, device.etag) == (0, before.etag)
 
         unpinned = await yard.admin(Admin.unpin, "kept")
         assert not unpinned.pinned
+        await yard.admin(Admin.update_budget, "cpu", 1000)
         await yard.at_rest()
-        assert (await yard.device()).deficit_bytes == 0
+        device = await yard.device()
+        assert (device.budget_bytes, device.deficit_bytes) == (1000, 0)
+        assert (await yard.residency("kept")).state is COLD
         assert (await yard.client.predict("large", X)).served.cold
         pinned = await yard.admin(Admin.pin, "large")
         assert pinned.pinned

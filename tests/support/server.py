@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import grpc.aio
 
 from modelyard import Admin, AsyncClient, ManagedDevice, ModelyardError, Residency, ResidencyState
+from modelyard.devices import DeviceType
 from modelyard_server.app import Application, build
 from modelyard_server.config import parse_config
+from modelyard_server.devices.probes import Probe
 
 __all__ = [
     "COMMAND",
@@ -145,7 +147,9 @@ class RunningApp:
 
 
 @asynccontextmanager
-async def running_app(config_text: str, base: Path) -> AsyncIterator[RunningApp]:
+async def running_app(
+    config_text: str, base: Path, *, probes: Mapping[DeviceType, Probe] | None = None
+) -> AsyncIterator[RunningApp]:
     """Runs an application, and checks what it leaves behind.
 
     At the end of a body that did not fail: no lease and no ticket is out, the core's audit passes,
@@ -154,11 +158,12 @@ async def running_app(config_text: str, base: Path) -> AsyncIterator[RunningApp]
     Args:
         config_text: TOML; its `listen` is replaced by a free loopback port.
         base: folder that relative roots are relative to.
+        probes: other probes of devices; those of this machine if None.
     """
     config = parse_config(_on_free_port(config_text), base=base)
     tasks_before = asyncio.all_tasks()
     threads_before = set(threading.enumerate())
-    app = build(config)
+    app = build(config, probes=probes)
     try:
         port = await app.start()
     except BaseException:
@@ -186,7 +191,8 @@ async def running_app(config_text: str, base: Path) -> AsyncIterator[RunningApp]
         await channel.close()
         async with asyncio.timeout(_STOP_S):
             await app.stop(5)
-    ours = asyncio.all_tasks() - tasks_before
+    # In a fixture this end of it is a task of its own.
+    ours = asyncio.all_tasks() - tasks_before - {asyncio.current_task()}
 
     def leftovers() -> list[str]:
         return [task.get_name() for task in ours if not task.done()] + [

@@ -40,8 +40,10 @@ CODES = {
     "DEADLINE_IN_RUN": Code.DEADLINE_EXCEEDED,
     "SERVER_DRAINING": Code.UNAVAILABLE,
     "INTERNAL": Code.INTERNAL,
+    "CONFIG_OWNED": Code.FAILED_PRECONDITION,
+    "CATALOG_UNAVAILABLE": Code.UNAVAILABLE,
 }
-"""The table of the design."""
+"""The table of the design, and what the durable catalog added to it."""
 
 MOST_DETAILS = 2048
 

@@ -2,90 +2,64 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
-from modelyard.devices import ComponentDevice, Device, DeviceMap, DeviceType
-from modelyard.v1 import device_pb2
+from modelyard.v1 import device_pb2, plan_pb2
 from modelyard.v1 import device_service_pb2 as pb
+from modelyard_server.catalog.plans import Applied, DevicePlans, PlanChange
+from modelyard_server.catalog.writes import Writes
 from modelyard_server.devices.inventory import ManagedDevice
 from modelyard_server.errors import Reason, Refusal, Resource, Violation
 from modelyard_server.execution.engine import Engine
 from modelyard_server.residency.shell import Residency
+from modelyard_server.residency.values import DeviceUse
 from modelyard_server.services.handler import invalid
+from modelyard_server.services.models import deadline_ns_of
+from modelyard_server.services.once import Answered, once
 from modelyard_server.services.paging import page
+from modelyard_server.services.placements import charge_messages, device_message
+from modelyard_server.services.plan_messages import (
+    change_of,
+    device_forecast_messages,
+    plan_message,
+    report_message,
+)
 from modelyard_server.transport.api import Call
 
-__all__ = ["DeviceService", "placement_of", "to_component_message", "to_device_message"]
-
-_MAX_BUDGET_BYTES = 2**46 - 1
-
-_TYPES: dict[int, DeviceType] = {
-    device_pb2.DEVICE_TYPE_CPU: DeviceType.CPU,
-    device_pb2.DEVICE_TYPE_GPU: DeviceType.GPU,
-    device_pb2.DEVICE_TYPE_DISK: DeviceType.DISK,
-    device_pb2.DEVICE_TYPE_MPS: DeviceType.MPS,
-    device_pb2.DEVICE_TYPE_XPU: DeviceType.XPU,
-}
-_NUMBERS = {kind: number for number, kind in _TYPES.items()}
-
-
-def placement_of(message: device_pb2.ComponentDevice, field: str) -> ComponentDevice | None:
-    """The placement of a message; None if it says nothing.
-
-    Raises:
-        Refusal: INVALID_FIELD for a type or index that is none.
-    """
-    which = message.WhichOneof("target")
-    if which is None:
-        return None
-    try:
-        if which == "single":
-            return ComponentDevice.from_single(_device_of(message.single))
-        if not message.multiple.devices:
-            raise ValueError("a device map needs at least one entry")
-        return ComponentDevice.from_multiple(
-            DeviceMap({key: _device_of(device) for key, device in message.multiple.devices.items()})
-        )
-    except (ValueError, TypeError) as error:
-        raise invalid(Violation(field, str(error))) from None
-
-
-def _device_of(message: device_pb2.Device) -> Device:
-    kind = _TYPES.get(message.type)
-    if kind is None:
-        raise ValueError(f"device type {message.type} is unknown")
-    return Device(kind, message.index if message.HasField("index") else None)
-
-
-def to_device_message(device: Device) -> device_pb2.Device:
-    """The message of a device."""
-    message = device_pb2.Device()
-    message.type = _NUMBERS[device.type]  # type: ignore[assignment]  # an int is an enum value
-    if device.id is not None:
-        message.index = device.id
-    return message
-
-
-def to_component_message(placement: ComponentDevice) -> device_pb2.ComponentDevice:
-    """The message of a placement."""
-    if placement.single is not None:
-        return device_pb2.ComponentDevice(single=to_device_message(placement.single))
-    message = device_pb2.ComponentDevice()
-    for key, device in placement.multiple or ():
-        message.multiple.devices[key].CopyFrom(to_device_message(device))
-    return message
+__all__ = ["DeviceService"]
 
 
 class DeviceService:
-    """Tells what the devices hold and changes their budgets."""
+    """Tells what the devices hold and changes the device plan.
+
+    Args:
+        devices: by position.
+        residency: what they hold.
+        engine: what is measured on them.
+        plans: the plan.
+        writes: makes changes durable, one at a time.
+        max_deadline_s: for calls that load something.
+    """
 
     def __init__(
-        self, *, devices: Sequence[ManagedDevice], residency: Residency, engine: Engine
+        self,
+        *,
+        devices: Sequence[ManagedDevice],
+        residency: Residency,
+        engine: Engine,
+        plans: DevicePlans,
+        writes: Writes,
+        max_deadline_s: float,
     ) -> None:
         self._devices = tuple(devices)
+        self._names = tuple(device.name for device in devices)
         self._residency = residency
         self._engine = engine
+        self._plans = plans
+        self._writes = writes
+        self._max_deadline_s = max_deadline_s
+
+    # --- Devices ------------------------------------------------------------------------------
 
     async def list_devices(
         self, request: pb.ListDevicesRequest, call: Call
@@ -98,29 +72,130 @@ class DeviceService:
             token=request.page_token,
             name=lambda i: f"{i:04}",
         )
-        return pb.ListDevicesResponse(
-            devices=[self._message(i) for i in chosen], next_page_token=token
-        )
+        return pb.ListDevicesResponse(devices=[self._now(i) for i in chosen], next_page_token=token)
 
     async def get_device(self, request: pb.GetDeviceRequest, call: Call) -> pb.GetDeviceResponse:
         """See DeviceService.GetDevice."""
-        return pb.GetDeviceResponse(device=self._message(self._position(request.name)))
+        return pb.GetDeviceResponse(device=self._now(self._position(request.name)))
 
     async def update_budget(
         self, request: pb.UpdateBudgetRequest, call: Call
     ) -> pb.UpdateBudgetResponse:
         """See DeviceService.UpdateBudget."""
-        if not 0 <= request.budget_bytes <= _MAX_BUDGET_BYTES:
-            raise invalid(Violation("budget_bytes", f"must be 0 to {_MAX_BUDGET_BYTES}"))
         position = self._position(request.name)
-        if request.etag and request.etag != self._etag(position):
-            raise Refusal(
-                Reason.ETAG_MISMATCH,
-                f"{request.name} has changed since its etag was read",
-                resource=Resource("device", request.name),
+
+        def answer(use: DeviceUse) -> pb.UpdateBudgetResponse:
+            drained = self._residency.is_closed(position)
+            return pb.UpdateBudgetResponse(device=self._message(position, use, drained))
+
+        async def change(answered: Answered) -> pb.UpdateBudgetResponse:
+            return await self._plans.change_device(
+                position,
+                answer=answer,
+                etag=request.etag,
+                budget_bytes=request.budget_bytes,
+                remember=answered,
             )
-        self._residency.set_budget(position, request.budget_bytes)
-        return pb.UpdateBudgetResponse(device=self._message(position))
+
+        return await once(self._writes, request, pb.UpdateBudgetResponse, change)
+
+    async def drain_device(
+        self, request: pb.DrainDeviceRequest, call: Call
+    ) -> pb.DrainDeviceResponse:
+        """See DeviceService.DrainDevice."""
+        position = self._position(request.name)
+
+        def answer(use: DeviceUse) -> pb.DrainDeviceResponse:
+            return pb.DrainDeviceResponse(
+                device=self._message(position, use, drained=True),
+                pinned_models=self._plans.pinned_on(position),
+            )
+
+        async def change(answered: Answered) -> pb.DrainDeviceResponse:
+            return await self._plans.change_device(
+                position, answer=answer, etag=request.etag, drained=True, remember=answered
+            )
+
+        return await once(self._writes, request, pb.DrainDeviceResponse, change)
+
+    async def undrain_device(
+        self, request: pb.UndrainDeviceRequest, call: Call
+    ) -> pb.UndrainDeviceResponse:
+        """See DeviceService.UndrainDevice."""
+        position = self._position(request.name)
+
+        def answer(use: DeviceUse) -> pb.UndrainDeviceResponse:
+            return pb.UndrainDeviceResponse(device=self._message(position, use, drained=False))
+
+        async def change(answered: Answered) -> pb.UndrainDeviceResponse:
+            return await self._plans.change_device(
+                position, answer=answer, etag=request.etag, drained=False, remember=answered
+            )
+
+        return await once(self._writes, request, pb.UndrainDeviceResponse, change)
+
+    # --- The plan -----------------------------------------------------------------------------
+
+    async def get_plan(self, request: pb.GetPlanRequest, call: Call) -> pb.GetPlanResponse:
+        """See DeviceService.GetPlan."""
+        return pb.GetPlanResponse(plan=plan_message(self._plans.plan(), self._names))
+
+    async def plan_devices(
+        self, request: pb.PlanDevicesRequest, call: Call
+    ) -> pb.PlanDevicesResponse:
+        """See DeviceService.PlanDevices."""
+        wanted = self._change_of(request.plan)
+        # In its turn: half a plan is no ground for another.
+        async with self._writes.alone():
+            report = await self._plans.forecast(wanted)
+        return pb.PlanDevicesResponse(report=report_message(report, self._names))
+
+    async def apply_plan(self, request: pb.ApplyPlanRequest, call: Call) -> pb.ApplyPlanResponse:
+        """See DeviceService.ApplyPlan."""
+        wanted = self._change_of(request.plan)
+        deadline_ns = deadline_ns_of(call, self._max_deadline_s)
+
+        def answer(applied: Applied) -> pb.ApplyPlanResponse:
+            return pb.ApplyPlanResponse(
+                plan=plan_message(applied.plan, self._names),
+                report=report_message(applied.report, self._names),
+            )
+
+        async def change(answered: Answered) -> pb.ApplyPlanResponse:
+            applied = await self._plans.apply(
+                wanted,
+                etag=request.plan.etag,
+                deadline_ns=deadline_ns,
+                validate_only=request.validate_only,
+                remember=lambda found: answered(answer(found)),
+            )
+            return answer(applied)
+
+        return await once(self._writes, request, pb.ApplyPlanResponse, change)
+
+    async def rebalance_devices(
+        self, request: pb.RebalanceDevicesRequest, call: Call
+    ) -> pb.RebalanceDevicesResponse:
+        """See DeviceService.RebalanceDevices."""
+        deadline_ns = deadline_ns_of(call, self._max_deadline_s)
+        async with self._writes.alone():
+            moves, devices = await self._plans.rebalance(
+                deadline_ns=deadline_ns, validate_only=request.validate_only
+            )
+        return pb.RebalanceDevicesResponse(
+            moves=[
+                pb.Move(
+                    model=f"models/{move.model}",
+                    source=charge_messages(move.current, self._names),
+                    destination=charge_messages(move.planned, self._names),
+                )
+                for move in moves
+            ],
+            devices=device_forecast_messages(devices),
+        )
+
+    def _change_of(self, plan: plan_pb2.DevicePlan) -> PlanChange:
+        return change_of(plan, self._devices, self._position)
 
     def _position(self, name: str) -> int:
         if not name.startswith("devices/"):
@@ -128,24 +203,25 @@ class DeviceService:
         for i, device in enumerate(self._devices):
             if device.name == name:
                 return i
+        there = ", ".join(str(device.device) for device in self._devices)
         raise Refusal(
             Reason.DEVICE_NOT_FOUND,
-            f"the server manages no {name[:64]!r}",
+            f"the server manages no device {name.removeprefix('devices/')[:64]!r}; "
+            f"there are: {there}",
             resource=Resource("device", name[:64]),
         )
 
-    def _etag(self, position: int) -> str:
-        budget = self._residency.device_use(position).budget
-        text = f"{self._devices[position].name}\0{budget}"
-        return f'"{hashlib.sha256(text.encode()).hexdigest()[:16]}"'
+    def _now(self, position: int) -> device_pb2.ManagedDevice:
+        return self._message(
+            position, self._residency.device_use(position), self._residency.is_closed(position)
+        )
 
-    def _message(self, position: int) -> device_pb2.ManagedDevice:
+    def _message(self, position: int, use: DeviceUse, drained: bool) -> device_pb2.ManagedDevice:
         device = self._devices[position]
-        use = self._residency.device_use(position)
         memory = self._engine.memory(position)
         return device_pb2.ManagedDevice(
             name=device.name,
-            device=to_device_message(device.device),
+            device=device_message(device.device),
             logical=device.logical,
             budget_bytes=use.budget,
             reserved_bytes=use.reserved,
@@ -158,5 +234,8 @@ class DeviceService:
             peak_measured_bytes=memory.peak_measured_bytes,
             load_count=use.load_count,
             eviction_count=use.eviction_count,
-            etag=self._etag(position),
+            etag=self._plans.device_etag(position, budget_bytes=use.budget, drained=drained),
+            drained=drained,
+            total_bytes=device.total_bytes,
+            transfer_bytes_per_second=device.transfer_bytes_per_s,
         )

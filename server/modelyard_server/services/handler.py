@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from modelyard_server.errors import Reason, Refusal, Violation
 from modelyard_server.services.status import reply_of
-from modelyard_server.transport.api import Call, Handler, StatusReply
+from modelyard_server.transport.api import Call, Handler, StatusReply, StreamHandler
 
-__all__ = ["invalid", "new_error_id", "unary"]
+__all__ = ["draining", "identity_of", "invalid", "new_error_id", "server_stream", "unary"]
+
+_IDENTITY = "x-modelyard-identity"
+_MOST_IDENTITY = 256
 
 RequestT = TypeVar("RequestT", bound=Message)
 
@@ -28,26 +32,79 @@ def invalid(*violations: Violation) -> Refusal:
     return Refusal(Reason.INVALID_FIELD, text, violations=violations)
 
 
+def draining() -> Refusal:
+    """SERVER_DRAINING: another server, or this one after its restart, will answer."""
+    return Refusal(Reason.SERVER_DRAINING, "the server is shutting down", retry_after_s=1.0)
+
+
+def identity_of(call: Call) -> str:
+    """Who calls, as the call's metadata says; not authenticated. Empty if it does not say."""
+    for key, value in call.metadata:
+        if key == _IDENTITY and isinstance(value, str):
+            return value[:_MOST_IDENTITY]
+    return ""
+
+
 def unary(
-    request_type: type[RequestT], method: Callable[[RequestT, Call], Awaitable[Message]]
+    request_type: type[RequestT],
+    method: Callable[[RequestT, Call], Awaitable[Message]],
+    *,
+    acting: Callable[[str], AbstractContextManager[None]] | None = None,
 ) -> Handler:
     """A handler that parses request_type, calls method and serializes its answer.
 
     Refusals become statuses; whatever else is raised is for the transport to hide.
+
+    Args:
+        request_type: of the message.
+        method: what answers it.
+        acting: Journal.acting, for a method whose doings are told with the name of who asked.
     """
 
     async def handle(call: Call) -> bytes | StatusReply:
-        request = request_type()
         try:
-            request.ParseFromString(call.body)
-        except DecodeError:
-            return reply_of(
-                invalid(Violation("", f"the message is no {request_type.DESCRIPTOR.name}"))
-            )
-        try:
+            request = _parsed(request_type, call)
             answer = await method(request, call)
         except Refusal as refusal:
             return reply_of(refusal)
         return answer.SerializeToString()
 
+    async def handle_as_somebody(call: Call) -> bytes | StatusReply:
+        assert acting is not None
+        with acting(identity_of(call)):
+            return await handle(call)
+
+    return handle if acting is None else handle_as_somebody
+
+
+def server_stream(
+    request_type: type[RequestT],
+    method: Callable[[RequestT, Call], AsyncGenerator[Message, None]],
+) -> StreamHandler:
+    """A handler that parses request_type, calls method and serializes what it yields.
+
+    Refusals end the stream with their status; whatever else is raised is for the transport to hide.
+    """
+
+    async def handle(call: Call) -> AsyncGenerator[bytes | StatusReply, None]:
+        try:
+            request = _parsed(request_type, call)
+            async with aclosing(method(request, call)) as answers:
+                async for answer in answers:
+                    yield answer.SerializeToString()
+            return
+        except Refusal as refusal:
+            end = reply_of(refusal)
+        yield end
+
     return handle
+
+
+def _parsed(request_type: type[RequestT], call: Call) -> RequestT:
+    request = request_type()
+    try:
+        request.ParseFromString(call.body)
+    except DecodeError:
+        name = request_type.DESCRIPTOR.name
+        raise invalid(Violation("", f"the message is no {name}")) from None
+    return request

@@ -15,7 +15,7 @@ from modelyard_server.catalog.model import Model
 from modelyard_server.errors import Reason, Refusal, Resource, Violation
 from modelyard_server.execution.dispatch import run_leased
 from modelyard_server.execution.engine import Engine, ModelFailed
-from modelyard_server.residency.shell import Lease, Residency
+from modelyard_server.residency.shell import Lease, Residency, heir_of
 from modelyard_server.routing.resolve import resolve
 from modelyard_server.runtimes.api import OptionError
 from modelyard_server.runtimes.tensors import TensorError, TensorValue
@@ -135,8 +135,14 @@ class InferenceService:
         try:
             return await self._residency.lease(model.handle, deadline_ns)
         except Refusal as refusal:
-            if refusal.reason is Reason.LOAD_FAILED and model.handle.failure_text:
-                refusal.text = f"{refusal.text}: {model.handle.failure_text}"
+            handle = heir_of(model.handle)  # Another copy may have taken over meanwhile.
+            if refusal.reason is Reason.LOAD_FAILED and handle.failure_text:
+                refusal.text = f"{refusal.text}: {handle.failure_text}"
+            elif refusal.reason is Reason.DEADLINE_IN_QUEUE:
+                if drained := self._residency.closed_to(handle):
+                    names = ", ".join(drained)
+                    refusal.text = f"{refusal.text}; it lives on {names} alone, which is drained"
+                    refusal.metadata = {**refusal.metadata, "drained_devices": names}
             elif refusal.reason is Reason.MODEL_NOT_FOUND:
                 refusal.resource = Resource("model", f"models/{model.id}")
             raise

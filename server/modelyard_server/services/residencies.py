@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
 
 from modelyard.v1 import residency_pb2
 from modelyard.v1 import residency_service_pb2 as pb
 from modelyard_server.catalog.catalog import Catalog
 from modelyard_server.catalog.model import Model
+from modelyard_server.catalog.registry import Registry
+from modelyard_server.catalog.writes import Writes
 from modelyard_server.errors import Reason, Refusal
 from modelyard_server.residency.shell import Residency
-from modelyard_server.residency.values import State
 from modelyard_server.services.models import model_id_of
 from modelyard_server.services.paging import page
+from modelyard_server.services.residency_messages import residency_message
 from modelyard_server.transport.api import Call
 
 __all__ = ["ResidencyService"]
-
-_STATES = {
-    State.COLD: residency_pb2.RESIDENCY_STATE_COLD,
-    State.QUEUED: residency_pb2.RESIDENCY_STATE_QUEUED,
-    State.LOADING: residency_pb2.RESIDENCY_STATE_LOADING,
-    State.RESIDENT: residency_pb2.RESIDENCY_STATE_RESIDENT,
-    State.DRAINING: residency_pb2.RESIDENCY_STATE_DRAINING,
-    State.UNLOADING: residency_pb2.RESIDENCY_STATE_UNLOADING,
-    State.FAILED: residency_pb2.RESIDENCY_STATE_FAILED,
-}
 
 
 class ResidencyService:
@@ -37,12 +28,16 @@ class ResidencyService:
         self,
         *,
         catalog: Catalog,
+        registry: Registry,
         residency: Residency,
+        writes: Writes,
         device_names: Sequence[str],
         max_deadline_s: float,
     ) -> None:
         self._catalog = catalog
+        self._registry = registry
         self._residency = residency
+        self._writes = writes
         self._device_names = tuple(device_names)
         self._max_deadline_s = max_deadline_s
 
@@ -72,16 +67,16 @@ class ResidencyService:
 
     async def pin_model(self, request: pb.PinModelRequest, call: Call) -> pb.PinModelResponse:
         """See ResidencyService.PinModel."""
-        model = self._model(request.model)
-        # The wish first: if it is refused, the model is not pinned either.
-        self._residency.want(model.handle)
-        self._residency.set_pinned(model.handle, True)
+        async with self._writes.alone():
+            model = self._model(request.model)
+            await self._registry.set_pinned(model, True)
         return pb.PinModelResponse(residency=self._message(model))
 
     async def unpin_model(self, request: pb.UnpinModelRequest, call: Call) -> pb.UnpinModelResponse:
         """See ResidencyService.UnpinModel."""
-        model = self._model(request.model)
-        self._residency.set_pinned(model.handle, False)
+        async with self._writes.alone():
+            model = self._model(request.model)
+            await self._registry.set_pinned(model, False)
         return pb.UnpinModelResponse(residency=self._message(model))
 
     async def list_residencies(
@@ -103,29 +98,4 @@ class ResidencyService:
 
     def _message(self, model: Model) -> residency_pb2.Residency:
         use = self._residency.use(model.handle)
-        message = residency_pb2.Residency(
-            name=f"residencies/{model.id}",
-            model=f"models/{model.id}",
-            state=_STATES[use.state],
-            charges=self._charges(use.charges),
-            pinned=use.pinned,
-            lease_count=use.lease_count,
-            waiting_request_count=use.waiting_count,
-            load_count=use.load_count,
-            quarantined=self._charges(use.quarantined),
-        )
-        if use.load_duration_s is not None:
-            message.load_duration.FromTimedelta(timedelta(seconds=use.load_duration_s))
-        if use.state is State.FAILED:
-            message.failure.message = use.failure_text
-            message.failure.transient = use.failure_transient
-            message.failure.attempt_count = use.failure_count
-            retry = datetime.now(UTC) + timedelta(seconds=use.retry_in_s)
-            message.failure.retry_time.FromDatetime(retry)
-        return message
-
-    def _charges(self, charges: Mapping[int, int]) -> list[residency_pb2.DeviceCharge]:
-        return [
-            residency_pb2.DeviceCharge(device=self._device_names[device], size_bytes=size)
-            for device, size in sorted(charges.items())
-        ]
+        return residency_message(model.id, use, self._device_names)
