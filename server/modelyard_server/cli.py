@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from modelyard_server import cli_client, cli_config
+from modelyard_server import (
+    cli_client,
+    cli_config,
+    cli_devices,
+    cli_models,
+    cli_residencies,
+    cli_watch,
+)
 
 __all__ = ["app", "main"]
 
@@ -72,6 +79,10 @@ def demo(
 
 
 cli_client.register(app)
+cli_devices.register(app)
+cli_models.register(app)
+cli_residencies.register(app)
+cli_watch.register(app)
 cli_config.register(app)
 
 

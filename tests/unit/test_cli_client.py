@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-import typer
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
+from tests.support.fake_api import FakeServer, refuse, serving
 from typer.testing import CliRunner
 
 from modelyard.tensors import Bfloat16, to_tensor
 from modelyard.v1 import (
     admin_service_pb2,
-    admin_service_pb2_grpc,
     device_pb2,
     device_service_pb2,
-    device_service_pb2_grpc,
     inference_service_pb2,
-    inference_service_pb2_grpc,
-    model_pb2,
-    model_service_pb2,
-    model_service_pb2_grpc,
     residency_pb2,
     residency_service_pb2,
-    residency_service_pb2_grpc,
+    tensor_pb2,
 )
-from modelyard_server import cli_client
+from modelyard_server.cli import app
 
 RESIDENCY = residency_pb2.Residency(
     name="residencies/m",
@@ -50,159 +42,41 @@ CPU = device_pb2.ManagedDevice(
 )
 
 
-class FakeServer:
-    """Answers Predict with `outputs`, everything else with fixed values; keeps the requests."""
-
-    def __init__(self) -> None:
-        self.outputs = [to_tensor(["POSITIVE", "NEGATIVE"], "label")]
-        self.refusal: status_pb2.Status | None = None
-        self.requests: list[Any] = []
-        self.address = ""
-
-    def answer(self, request: Any, context: grpc.ServicerContext, response: Any) -> Any:
-        self.requests.append(request)
-        if self.refusal is not None:
-            details = self.refusal.SerializeToString()
-            context.set_trailing_metadata((("grpc-status-details-bin", details),))
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refusal.message)
-        return response
+PREDICTED = inference_service_pb2.Served(
+    model="models/m",
+    device="devices/cpu",
+    cold=True,
+    wait_duration=Duration(seconds=1, nanos=500_000_000),
+    load_duration=Duration(nanos=250_000_000),
+)
 
 
-def residencies(server: FakeServer) -> residency_service_pb2_grpc.ResidencyServiceServicer:
-    class Fake(residency_service_pb2_grpc.ResidencyServiceServicer):
-        def LoadModel(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return server.answer(
-                request, context, residency_service_pb2.LoadModelResponse(residency=RESIDENCY)
-            )
-
-        def UnloadModel(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return server.answer(
-                request, context, residency_service_pb2.UnloadModelResponse(residency=RESIDENCY)
-            )
-
-        def PinModel(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return server.answer(
-                request, context, residency_service_pb2.PinModelResponse(residency=RESIDENCY)
-            )
-
-        def UnpinModel(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return server.answer(
-                request, context, residency_service_pb2.UnpinModelResponse(residency=RESIDENCY)
-            )
-
-        def ListResidencies(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return server.answer(
-                request,
-                context,
-                residency_service_pb2.ListResidenciesResponse(residencies=[RESIDENCY]),
-            )
-
-    return Fake()
-
-
-def devices(server: FakeServer) -> device_service_pb2_grpc.DeviceServiceServicer:
-    class Fake(device_service_pb2_grpc.DeviceServiceServicer):
-        def GetDevice(self, request: Any, context: Any) -> Any:  # noqa: N802
-            raise NotImplementedError
-
-        def ListDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return server.answer(
-                request, context, device_service_pb2.ListDevicesResponse(devices=[CPU])
-            )
-
-        def UpdateBudget(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return server.answer(
-                request, context, device_service_pb2.UpdateBudgetResponse(device=CPU)
-            )
-
-    return Fake()
-
-
-def models(server: FakeServer) -> model_service_pb2_grpc.ModelServiceServicer:
-    class Fake(model_service_pb2_grpc.ModelServiceServicer):
-        def CreateModel(self, request: Any, context: Any) -> Any:  # noqa: N802
-            raise NotImplementedError
-
-        def GetModel(self, request: Any, context: Any) -> Any:  # noqa: N802
-            raise NotImplementedError
-
-        def DeleteModel(self, request: Any, context: Any) -> Any:  # noqa: N802
-            raise NotImplementedError
-
-        def ListModels(self, request: Any, context: Any) -> Any:  # noqa: N802
-            placed = device_pb2.ComponentDevice(single=CPU.device)
-            return server.answer(
-                request,
-                context,
-                model_service_pb2.ListModelsResponse(
-                    models=[
-                        model_pb2.Model(name="models/m", runtime="torch", placement=placed),
-                        model_pb2.Model(name="models/n", runtime="identity", keys=["a", "b"]),
-                    ]
-                ),
-            )
-
-    return Fake()
-
-
-def admin(server: FakeServer) -> admin_service_pb2_grpc.AdminServiceServicer:
-    class Fake(admin_service_pb2_grpc.AdminServiceServicer):
-        def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return server.answer(
-                request, context, admin_service_pb2.GetServerInfoResponse(version="9.9.9")
-            )
-
-        def GetStats(self, request: Any, context: Any) -> Any:  # noqa: N802
-            return server.answer(
-                request,
-                context,
-                admin_service_pb2.GetStatsResponse(
-                    answered_count=41, error_counts={"QUEUE_FULL": 2}
-                ),
-            )
-
-    return Fake()
-
-
-def inference(server: FakeServer) -> inference_service_pb2_grpc.InferenceServiceServicer:
-    class Fake(inference_service_pb2_grpc.InferenceServiceServicer):
-        def Predict(self, request: Any, context: Any) -> Any:  # noqa: N802
-            served = inference_service_pb2.Served(
-                model="models/m",
-                device="devices/cpu",
-                cold=True,
-                wait_duration=Duration(seconds=1, nanos=500_000_000),
-                load_duration=Duration(nanos=250_000_000),
-            )
-            return server.answer(
-                request,
-                context,
-                inference_service_pb2.PredictResponse(outputs=server.outputs, served=served),
-            )
-
-    return Fake()
+def predict(server: FakeServer, *outputs: tensor_pb2.Tensor) -> None:
+    server.reply(
+        "Predict", inference_service_pb2.PredictResponse(outputs=outputs, served=PREDICTED)
+    )
 
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    grpc_server = grpc.server(ThreadPoolExecutor(2))
-    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(inference(fake), grpc_server)
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(models(fake), grpc_server)
-    device_service_pb2_grpc.add_DeviceServiceServicer_to_server(devices(fake), grpc_server)
-    residency_service_pb2_grpc.add_ResidencyServiceServicer_to_server(
-        residencies(fake), grpc_server
-    )
-    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin(fake), grpc_server)
-    fake.address = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
-    grpc_server.start()
-    yield fake
-    grpc_server.stop(None).wait()
+    with serving() as fake:
+        predict(fake, to_tensor(["POSITIVE", "NEGATIVE"], "label"))
+        for rpc in ("LoadModel", "UnloadModel", "PinModel", "UnpinModel"):
+            fake.reply(rpc, getattr(residency_service_pb2, f"{rpc}Response")(residency=RESIDENCY))
+        fake.reply(
+            "ListResidencies",
+            residency_service_pb2.ListResidenciesResponse(residencies=[RESIDENCY]),
+        )
+        fake.reply("UpdateBudget", device_service_pb2.UpdateBudgetResponse(device=CPU))
+        fake.reply("GetServerInfo", admin_service_pb2.GetServerInfoResponse(version="9.9.9"))
+        fake.reply(
+            "GetStats",
+            admin_service_pb2.GetStatsResponse(answered_count=41, error_counts={"QUEUE_FULL": 2}),
+        )
+        yield fake
 
 
 def run(server: FakeServer | str, *arguments: str, env: dict[str, str] | None = None) -> Any:
-    app = typer.Typer()
-    cli_client.register(app)
     where = server if isinstance(server, str) else server.address
     given = [*arguments, "--server", where] if where else [*arguments]
     return CliRunner().invoke(app, given, env=env)
@@ -217,7 +91,7 @@ def lines(result: Any) -> list[list[str]]:
 class TestPredict:
     def test_outputs_stand_beside_their_inputs(self, server: FakeServer) -> None:
         scores = np.array([0.98765432, 0.5], dtype=np.float32)
-        server.outputs = [to_tensor(["POS", "NEG"], "label"), to_tensor(scores, "score")]
+        predict(server, to_tensor(["POS", "NEG"], "label"), to_tensor(scores, "score"))
         result = run(server, "predict", "sentiment", "good", "bad")
         table = lines(result)
         assert table[0] == ["input", "label", "score"]
@@ -226,18 +100,19 @@ class TestPredict:
         assert list(server.requests[0].inputs[0].text.values) == ["good", "bad"]
 
     def test_outputs_without_a_row_per_input_stand_below(self, server: FakeServer) -> None:
-        server.outputs = [to_tensor(np.float32(2)), to_tensor(np.zeros((3, 1), np.int8), "x")]
+        predict(server, to_tensor(np.float32(2)), to_tensor(np.zeros((3, 1), np.int8), "x"))
         result = run(server, "predict", "k", "good", "bad")
         assert "output: 2\n" in result.stdout and "x: [[0], [0], [0]]" in result.stdout
 
     def test_json_has_everything(self, server: FakeServer) -> None:
-        server.outputs = [
+        predict(
+            server,
             to_tensor(["a"], "text"),
             to_tensor(b"\xff", "raw"),
             to_tensor(np.array([[np.nan, 1.5]]), "number"),
             to_tensor(Bfloat16.from_float32(np.ones(1, dtype=np.float32)), "half"),
             to_tensor(np.array([True]), "truth"),
-        ]
+        )
         result = run(server, "predict", "k", "x", "--json")
         assert json.loads(result.stdout) == {
             "outputs": {
@@ -258,26 +133,18 @@ class TestPredict:
         }
 
     def test_no_output_drives_the_terminal_or_is_read_as_markup(self, server: FakeServer) -> None:
-        server.outputs = [to_tensor(["\x1b[31mred[/]\n[bold]x"], "label")]
+        predict(server, to_tensor(["\x1b[31mred[/]\n[bold]x"], "label"))
         result = run(server, "predict", "k", "[red]in[/red]")
         assert "\x1b" not in result.output
         assert "[31mred[/] [bold]x" in result.stdout and "[red]in[/red]" in result.stdout
 
     def test_long_cells_are_whole_in_a_pipe(self, server: FakeServer) -> None:
-        server.outputs = [to_tensor(["word " * 60], "label")]
+        predict(server, to_tensor(["word " * 60], "label"))
         result = run(server, "predict", "k", "x")
         assert ("word " * 60).strip() in result.stdout
 
 
 class TestListings:
-    def test_models(self, server: FakeServer) -> None:
-        table = lines(run(server, "models"))
-        assert ["m", "torch", '{"type":', '"single",', '"device":', '"cpu"}', "0B"] in table
-        assert ["n", "a,", "b", "identity", "automatic", "0B"] in table
-
-    def test_devices(self, server: FakeServer) -> None:
-        assert lines(run(server, "devices"))[-1][:3] == ["cpu", "1GiB", "0B"]
-
     def test_residency(self, server: FakeServer) -> None:
         table = lines(run(server, "residency"))
         assert table[-1] == ["m", "resident", "cpu", "286.1MiB", "pinned", "2", "0", "0"]
@@ -290,11 +157,6 @@ class TestListings:
     @pytest.mark.parametrize(
         ("command", "path", "value"),
         [
-            ("models", [0, "name"], "models/m"),
-            ("models", [0, "placement"], {"type": "single", "device": "cpu"}),
-            ("models", [1, "keys"], ["a", "b"]),
-            ("devices", [0, "budget_bytes"], 2**30),
-            ("devices", [0, "device"], "cpu"),
             ("residency", [0, "state"], "resident"),
             ("residency", [0, "charges", 0, "size_bytes"], 300_000_000),
             ("stats", ["stats", "answered_count"], 41),
@@ -331,16 +193,16 @@ class TestChanges:
 
 class TestFailures:
     def test_a_refusal_is_one_line_and_exit_code_1(self, server: FakeServer) -> None:
-        server.refusal = status_pb2.Status(code=9, message="too large\nby far")
-        for detail in (
-            error_details_pb2.ErrorInfo(reason="MODEL_NEVER_FITS", domain="modelyard"),
-            error_details_pb2.PreconditionFailure(
-                violations=[{"subject": "devices/cpu", "description": "needs 9, has 5"}]
+        violation = {"subject": "devices/cpu", "description": "needs 9, has 5"}
+        server.answer(
+            "Predict",
+            refuse(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "MODEL_NEVER_FITS",
+                error_details_pb2.PreconditionFailure(violations=[violation]),
+                text="too large\nby far",
             ),
-        ):
-            packed = AnyMessage()
-            packed.Pack(detail)
-            server.refusal.details.append(packed)
+        )
         result = run(server, "predict", "k", "x")
         assert result.exit_code == 1 and result.stdout == ""
         assert result.stderr == (

@@ -7,7 +7,7 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -17,10 +17,9 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from google.rpc import error_details_pb2, status_pb2
+from tests.support.fake_api import FakeServer, Handler, refuse, servicer, serving
 
 from modelyard import errors
 from modelyard._connection import ConnectionSettings
@@ -33,79 +32,25 @@ from modelyard.resources import DeviceCharge, LoadFailure, ResidencyState
 from modelyard.tensors import Bfloat16, TensorError, to_tensor
 from modelyard.v1 import (
     admin_service_pb2,
-    admin_service_pb2_grpc,
     device_pb2,
     device_service_pb2,
-    device_service_pb2_grpc,
     inference_service_pb2,
     inference_service_pb2_grpc,
     model_pb2,
     model_service_pb2,
-    model_service_pb2_grpc,
     residency_pb2,
     residency_service_pb2,
-    residency_service_pb2_grpc,
     tensor_pb2,
 )
 
 PredictRequest = inference_service_pb2.PredictRequest
 PredictResponse = inference_service_pb2.PredictResponse
-Handler = Callable[[Any, grpc.ServicerContext], Any]
-
-
-class FakeServer:
-    """Answers every RPC with what `handlers` has for its name, and keeps the requests."""
-
-    def __init__(self) -> None:
-        self.handlers: dict[str, Handler] = {}
-        self.requests: list[Any] = []
-        self.metadata: list[dict[str, Any]] = []
-        self.arrived = threading.Event()
-        self.address = ""
-
-    def answer(self, rpc: str, handler: Handler) -> None:
-        self.handlers[rpc] = handler
-
-    def handle(self, rpc: str, request: Any, context: grpc.ServicerContext) -> Any:
-        self.requests.append(request)
-        self.arrived.set()
-        self.metadata.append(dict(context.invocation_metadata()))
-        return self.handlers[rpc](request, context)
-
-
-def servicer(base: type, server: FakeServer) -> Any:
-    """A servicer of a generated base class that asks the fake server for every answer."""
-
-    def method(rpc: str) -> Callable[[Any, Any, grpc.ServicerContext], Any]:
-        return lambda _, request, context: server.handle(rpc, request, context)
-
-    rpcs = [name for name in vars(base) if name[0].isupper()]
-    return type(f"Fake{base.__name__}", (base,), {rpc: method(rpc) for rpc in rpcs})()
 
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    grpc_server = grpc.server(ThreadPoolExecutor(8))
-    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
-        servicer(inference_service_pb2_grpc.InferenceServiceServicer, fake), grpc_server
-    )
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-        servicer(model_service_pb2_grpc.ModelServiceServicer, fake), grpc_server
-    )
-    device_service_pb2_grpc.add_DeviceServiceServicer_to_server(
-        servicer(device_service_pb2_grpc.DeviceServiceServicer, fake), grpc_server
-    )
-    residency_service_pb2_grpc.add_ResidencyServiceServicer_to_server(
-        servicer(residency_service_pb2_grpc.ResidencyServiceServicer, fake), grpc_server
-    )
-    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
-        servicer(admin_service_pb2_grpc.AdminServiceServicer, fake), grpc_server
-    )
-    fake.address = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
-    grpc_server.start()
-    yield fake
-    grpc_server.stop(None).wait()
+    with serving() as fake:
+        yield fake
 
 
 class Asker:
@@ -155,38 +100,6 @@ def admin(server: FakeServer) -> Iterator[Admin]:
 
 def echo(request: PredictRequest, context: grpc.ServicerContext) -> PredictResponse:
     return PredictResponse(outputs=request.inputs)
-
-
-def refuse(
-    code: grpc.StatusCode,
-    reason: str,
-    *,
-    metadata: dict[str, str] | None = None,
-    retry_after: Duration | None = None,
-    pushback_ms: int | None = None,
-) -> Handler:
-    """A handler that ends the call as modelyard's server does."""
-    status = status_pb2.Status(code=code.value[0], message=f"refused: {reason}")
-    details: list[Any] = [
-        error_details_pb2.ErrorInfo(reason=reason, domain="modelyard", metadata=metadata or {})
-    ]
-    if retry_after is not None:
-        details.append(error_details_pb2.RetryInfo(retry_delay=retry_after))
-    for detail in details:
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
-    trailers: list[tuple[str, str | bytes]] = [
-        ("grpc-status-details-bin", status.SerializeToString())
-    ]
-    if pushback_ms is not None:
-        trailers.append(("grpc-retry-pushback-ms", str(pushback_ms)))
-
-    def handler(request: Any, context: grpc.ServicerContext) -> Any:
-        context.set_trailing_metadata(tuple(trailers))
-        context.abort(code, status.message)
-
-    return handler
 
 
 class TestPredict:
@@ -781,7 +694,7 @@ class TestAdmin:
             ({"root": "main"}, ValueError, "root and folder go together"),
             ({"folder": "m"}, ValueError, "root and folder go together"),
             ({"options": {"a": {1}}}, TypeError, r"options\['a'\] is a set"),
-            ({"placement": 0}, TypeError, "placement must be a str, Device"),
+            ({"placement": 0}, TypeError, "placement must be text, a table, Device"),
             ({"placement": "gpu"}, ValueError, "Unknown device type"),
             ({"placement": "disk"}, ValueError, "only be used as a part of device maps"),
             ({"timeout_s": 0}, ValueError, "above 0"),
@@ -890,6 +803,9 @@ class TestAdmin:
             load_count=9,
             eviction_count=10,
             etag='"e"',
+            drained=True,
+            total_bytes=11,
+            transfer_bytes_per_second=12,
         )
         server.answer(
             "GetDevice",
@@ -897,7 +813,10 @@ class TestAdmin:
         )
         device = admin.get_device("cuda:1")
         assert dataclasses.asdict(device) == {
-            **{field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields},
+            **{
+                field.name.replace("_per_second", "_per_s"): getattr(message, field.name)
+                for field in message.DESCRIPTOR.fields
+            },
             "device": dataclasses.asdict(Device.gpu(1)),
         }
         assert (device.id, device.accounted_bytes) == ("cuda-1", 10)
@@ -912,7 +831,10 @@ class TestAdmin:
         admin.update_budget(device, 5, etag='"1"')
         assert server.requests == [
             device_service_pb2.UpdateBudgetRequest(
-                name="devices/cuda-1", budget_bytes=5, etag='"1"'
+                name="devices/cuda-1",
+                budget_bytes=5,
+                etag='"1"',
+                request_id=server.requests[0].request_id,
             )
         ]
 

@@ -75,6 +75,8 @@ BY_REASON = [
     ("DEADLINE_IN_RUN", Code.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
     ("SERVER_DRAINING", Code.UNAVAILABLE, errors.ServerDraining),
     ("INTERNAL", Code.INTERNAL, errors.ServerError),
+    ("CONFIG_OWNED", Code.FAILED_PRECONDITION, errors.ConfigOwned),
+    ("CATALOG_UNAVAILABLE", Code.UNAVAILABLE, errors.CatalogUnavailable),
 ]
 
 

@@ -16,21 +16,34 @@ import modelyard
 
 # Frozen: what is added here has to be kept, what is removed breaks somebody.
 PUBLIC = [
+    "UNSET",
     "Admin",
     "AlreadyExists",
     "AsyncClient",
+    "AutomaticPlacement",
     "Bfloat16",
     "BudgetExhausted",
+    "CatalogUnavailable",
     "Client",
     "ComponentDevice",
+    "ConfigOwned",
     "DeadlineExceeded",
     "DeadlineUnreachable",
     "Device",
     "DeviceCharge",
+    "DeviceForecast",
     "DeviceMap",
     "DeviceNotFound",
+    "DevicePlan",
+    "DeviceSetting",
     "DeviceType",
+    "Displacement",
+    "DrainedDevice",
     "EtagMismatch",
+    "Event",
+    "EventType",
+    "EventWatch",
+    "Explanation",
     "InvalidRequest",
     "KeyNotFound",
     "LoadFailed",
@@ -38,17 +51,30 @@ PUBLIC = [
     "ManagedDevice",
     "Model",
     "ModelFailed",
+    "ModelForecast",
     "ModelInUse",
     "ModelNeverFits",
     "ModelNotFound",
+    "ModelOwner",
+    "ModelPlacement",
     "ModelyardError",
+    "Move",
     "NotFound",
+    "Obstacle",
+    "PlacedModel",
+    "PlacedPart",
     "PlacementInvalid",
+    "PlacementStrategy",
+    "PlanApplied",
+    "PlanReport",
     "PreconditionFailed",
     "Prediction",
     "QueueFull",
+    "Rebalanced",
     "Residency",
+    "ResidencyChange",
     "ResidencyState",
+    "ResidencyWatch",
     "ResourceExhausted",
     "RouteNotFound",
     "Served",
@@ -58,14 +84,20 @@ PUBLIC = [
     "ServerStats",
     "ServerUnavailable",
     "TensorError",
+    "Unset",
     "Violation",
+    "WatchPosition",
     "__version__",
     "from_tensor",
+    "read_placement",
     "resolve_device",
     "to_tensor",
 ]
 
-MODULES = ["admin", "aio", "client", "devices", "errors", "prediction", "resources", "tensors"]
+MODULES = [
+    *("admin", "aio", "client", "devices", "errors", "events", "placements", "plans"),
+    *("prediction", "resources", "sizes", "tensors", "watch"),
+]
 
 CONNECTION = "target, *, timeout_s, max_message_bytes, channel_credentials, identity"
 
@@ -136,6 +168,11 @@ class TestLightness:
     def test_a_device_needs_neither_grpc_nor_numpy(self) -> None:
         assert loaded_after("from modelyard import Device; Device.gpu(1)", "grpc", "numpy") == []
 
+    def test_a_plan_needs_neither_grpc_nor_numpy(self) -> None:
+        names = ("grpc", "numpy")
+        statement = "from modelyard import DevicePlan; DevicePlan.from_dict({'models': {}})"
+        assert loaded_after(statement, *names) == []
+
     def test_everything_together_needs_neither_torch_nor_the_server(self) -> None:
         heavy = ("torch", "transformers", "modelyard_server", "pydantic", "typer", "rich")
         assert loaded_after("from modelyard import *; Client; Admin", *heavy, "grpc") == ["grpc"]
@@ -153,14 +190,34 @@ class TestSignatures:
             (
                 modelyard.Admin.create_model,
                 "model, *, runtime, root, folder, task, keys, options, placement, validate_only, "
-                "timeout_s",
+                "request_id, timeout_s",
             ),
             (modelyard.Admin.get_model, "model, *, timeout_s"),
             (modelyard.Admin.list_models, "*, timeout_s"),
-            (modelyard.Admin.delete_model, "model, *, etag, timeout_s"),
+            (
+                modelyard.Admin.update_model,
+                "model, *, runtime, root, folder, task, keys, options, placement, etag, "
+                "validate_only, request_id, timeout_s",
+            ),
+            (modelyard.Admin.delete_model, "model, *, etag, request_id, timeout_s"),
             (modelyard.Admin.get_device, "device, *, timeout_s"),
             (modelyard.Admin.list_devices, "*, timeout_s"),
-            (modelyard.Admin.update_budget, "device, budget_bytes, *, etag, timeout_s"),
+            (
+                modelyard.Admin.update_budget,
+                "device, budget_bytes, *, etag, request_id, timeout_s",
+            ),
+            (modelyard.Admin.drain_device, "device, *, etag, request_id, timeout_s"),
+            (modelyard.Admin.undrain_device, "device, *, etag, request_id, timeout_s"),
+            (modelyard.Admin.rebalance_devices, "*, validate_only, timeout_s"),
+            (modelyard.Admin.get_plan, "*, timeout_s"),
+            (modelyard.Admin.plan_devices, "plan, *, timeout_s"),
+            (
+                modelyard.Admin.apply_plan,
+                "plan, *, etag, validate_only, request_id, timeout_s",
+            ),
+            (modelyard.Admin.watch_residencies, "resume, *, timeout_s"),
+            (modelyard.Admin.watch_events, "resume, *, include_past, timeout_s"),
+            (modelyard.Admin.explain, "model, *, timeout_s"),
             (modelyard.Admin.load, "model, *, timeout_s"),
             (modelyard.Admin.unload, "model, *, timeout_s"),
             (modelyard.Admin.pin, "model, *, timeout_s"),
@@ -182,9 +239,11 @@ class TestSignatures:
             if not name.startswith("_")
         }
         assert methods == {
-            *("create_model", "get_model", "list_models", "delete_model"),
-            *("get_device", "list_devices", "update_budget"),
+            *("create_model", "get_model", "list_models", "update_model", "delete_model"),
+            *("get_device", "list_devices", "update_budget", "drain_device", "undrain_device"),
+            *("get_plan", "plan_devices", "apply_plan", "rebalance_devices"),
             *("load", "unload", "pin", "unpin", "list_residencies"),
+            *("watch_residencies", "watch_events", "explain"),
             *("info", "stats", "close"),
         }
 
@@ -199,7 +258,11 @@ class TestSignatures:
         assert blocking["max_message_bytes"] == 64 * 1024 * 1024
 
     @pytest.mark.parametrize(
-        "name", ["Device", "DeviceCharge", "LoadFailure", "Residency", "ServerInfo", "Served"]
+        "name",
+        [
+            *("Device", "DeviceCharge", "LoadFailure", "Residency", "ServerInfo", "Served"),
+            *("DevicePlan", "PlanReport", "Event", "ResidencyChange", "WatchPosition"),
+        ],
     )
     def test_values_cannot_be_changed(self, name: str) -> None:
         cls = getattr(modelyard, name)

@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from modelyard.admin import Admin
+    from modelyard.admin import UNSET, Admin, Unset
     from modelyard.aio import AsyncClient
     from modelyard.client import Client
     from modelyard.devices import (
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from modelyard.errors import (
         AlreadyExists,
         BudgetExhausted,
+        CatalogUnavailable,
+        ConfigOwned,
         DeadlineExceeded,
         DeadlineUnreachable,
         DeviceNotFound,
@@ -57,37 +59,76 @@ if TYPE_CHECKING:
         ServerUnavailable,
         Violation,
     )
+    from modelyard.events import (
+        Event,
+        EventType,
+        Explanation,
+        ResidencyChange,
+        WatchPosition,
+    )
+    from modelyard.placements import AutomaticPlacement, PlacementStrategy, read_placement
+    from modelyard.plans import (
+        DeviceForecast,
+        DevicePlan,
+        DeviceSetting,
+        Displacement,
+        DrainedDevice,
+        ModelForecast,
+        ModelPlacement,
+        Move,
+        Obstacle,
+        PlanApplied,
+        PlanReport,
+        Rebalanced,
+    )
     from modelyard.prediction import Prediction, Served
     from modelyard.resources import (
         DeviceCharge,
         LoadFailure,
         ManagedDevice,
         Model,
+        ModelOwner,
+        PlacedModel,
+        PlacedPart,
         Residency,
         ResidencyState,
         ServerInfo,
         ServerStats,
     )
     from modelyard.tensors import Bfloat16, TensorError, from_tensor, to_tensor
+    from modelyard.watch import EventWatch, ResidencyWatch
 
     __version__: str
 
 __all__ = [
+    "UNSET",
     "Admin",
     "AlreadyExists",
     "AsyncClient",
+    "AutomaticPlacement",
     "Bfloat16",
     "BudgetExhausted",
+    "CatalogUnavailable",
     "Client",
     "ComponentDevice",
+    "ConfigOwned",
     "DeadlineExceeded",
     "DeadlineUnreachable",
     "Device",
     "DeviceCharge",
+    "DeviceForecast",
     "DeviceMap",
     "DeviceNotFound",
+    "DevicePlan",
+    "DeviceSetting",
     "DeviceType",
+    "Displacement",
+    "DrainedDevice",
     "EtagMismatch",
+    "Event",
+    "EventType",
+    "EventWatch",
+    "Explanation",
     "InvalidRequest",
     "KeyNotFound",
     "LoadFailed",
@@ -95,17 +136,30 @@ __all__ = [
     "ManagedDevice",
     "Model",
     "ModelFailed",
+    "ModelForecast",
     "ModelInUse",
     "ModelNeverFits",
     "ModelNotFound",
+    "ModelOwner",
+    "ModelPlacement",
     "ModelyardError",
+    "Move",
     "NotFound",
+    "Obstacle",
+    "PlacedModel",
+    "PlacedPart",
     "PlacementInvalid",
+    "PlacementStrategy",
+    "PlanApplied",
+    "PlanReport",
     "PreconditionFailed",
     "Prediction",
     "QueueFull",
+    "Rebalanced",
     "Residency",
+    "ResidencyChange",
     "ResidencyState",
+    "ResidencyWatch",
     "ResourceExhausted",
     "RouteNotFound",
     "Served",
@@ -115,34 +169,45 @@ __all__ = [
     "ServerStats",
     "ServerUnavailable",
     "TensorError",
+    "Unset",
     "Violation",
+    "WatchPosition",
     "__version__",
     "from_tensor",
+    "read_placement",
     "resolve_device",
     "to_tensor",
 ]
 
 # The same, for the interpreter.
 _EXPORTS: Final = (
-    ("admin", "Admin"),
+    ("admin", "UNSET Admin Unset"),
     ("aio", "AsyncClient"),
     ("client", "Client"),
     ("devices", "ComponentDevice Device DeviceMap DeviceType resolve_device"),
     (
         "errors",
-        "AlreadyExists BudgetExhausted DeadlineExceeded DeadlineUnreachable "
-        "DeviceNotFound EtagMismatch InvalidRequest KeyNotFound LoadFailed "
+        "AlreadyExists BudgetExhausted CatalogUnavailable ConfigOwned DeadlineExceeded "
+        "DeadlineUnreachable DeviceNotFound EtagMismatch InvalidRequest KeyNotFound LoadFailed "
         "ModelFailed ModelInUse ModelNeverFits ModelNotFound ModelyardError NotFound "
         "PlacementInvalid PreconditionFailed QueueFull ResourceExhausted "
         "RouteNotFound ServerDraining ServerError ServerUnavailable Violation",
     ),
+    ("events", "Event EventType Explanation ResidencyChange WatchPosition"),
+    ("placements", "AutomaticPlacement PlacementStrategy read_placement"),
+    (
+        "plans",
+        "DeviceForecast DevicePlan DeviceSetting Displacement DrainedDevice ModelForecast "
+        "ModelPlacement Move Obstacle PlanApplied PlanReport Rebalanced",
+    ),
     ("prediction", "Prediction Served"),
     (
         "resources",
-        "DeviceCharge LoadFailure ManagedDevice Model Residency ResidencyState "
-        "ServerInfo ServerStats",
+        "DeviceCharge LoadFailure ManagedDevice Model ModelOwner PlacedModel PlacedPart "
+        "Residency ResidencyState ServerInfo ServerStats",
     ),
     ("tensors", "Bfloat16 TensorError from_tensor to_tensor"),
+    ("watch", "EventWatch ResidencyWatch"),
 )
 
 # Hidden from type checkers: they see the imports above, and would take any name for an attribute

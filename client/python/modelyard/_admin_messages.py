@@ -9,21 +9,32 @@ from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from modelyard._device_messages import component_device_from
+from modelyard._device_messages import placement_from
 from modelyard._predict_messages import seconds_from
 from modelyard._struct_messages import struct_to_dict
 from modelyard.resources import (
     DeviceCharge,
     LoadFailure,
     Model,
+    ModelOwner,
+    PlacedModel,
+    PlacedPart,
     Residency,
     ResidencyState,
     ServerInfo,
     ServerStats,
 )
-from modelyard.v1 import admin_service_pb2, model_pb2, residency_pb2
+from modelyard.v1 import admin_service_pb2, model_pb2, plan_pb2, residency_pb2
 
-__all__ = ["model_from", "residency_from", "server_info_from", "server_stats_from"]
+__all__ = [
+    "charges_from",
+    "model_from",
+    "placed_model_from",
+    "residency_from",
+    "server_info_from",
+    "server_stats_from",
+    "time_from",
+]
 
 _STATES: Final[Mapping[int, ResidencyState]] = MappingProxyType(
     {
@@ -34,6 +45,13 @@ _STATES: Final[Mapping[int, ResidencyState]] = MappingProxyType(
         residency_pb2.RESIDENCY_STATE_DRAINING: ResidencyState.DRAINING,
         residency_pb2.RESIDENCY_STATE_UNLOADING: ResidencyState.UNLOADING,
         residency_pb2.RESIDENCY_STATE_FAILED: ResidencyState.FAILED,
+    }
+)
+
+_OWNERS: Final[Mapping[int, ModelOwner]] = MappingProxyType(
+    {
+        model_pb2.MODEL_OWNER_CONFIG: ModelOwner.CONFIG,
+        model_pb2.MODEL_OWNER_API: ModelOwner.API,
     }
 )
 
@@ -49,10 +67,27 @@ def model_from(message: model_pb2.Model) -> Model:
         runtime=message.runtime,
         task=message.task,
         options=struct_to_dict(message.options),
-        placement=component_device_from(message.placement),
+        placement=placement_from(message),
         estimated_bytes=message.estimated_bytes,
-        created_at=_time_from(message.create_time) if message.HasField("create_time") else None,
+        created_at=time_from(message.create_time) if message.HasField("create_time") else None,
         etag=message.etag,
+        owner=_OWNERS.get(message.owner, ModelOwner.UNKNOWN),
+        placed_by_plan=message.placed_by_plan,
+        pinned=message.pinned,
+        alternatives=tuple(map(placed_model_from, message.alternatives)),
+        warnings=tuple(message.warnings),
+    )
+
+
+def placed_model_from(message: plan_pb2.PlacedModel) -> PlacedModel:
+    """Return one way to load a model."""
+    return PlacedModel(
+        parts=tuple(
+            PlacedPart(
+                device=part.device, prefixes=tuple(part.prefixes), size_bytes=part.size_bytes
+            )
+            for part in message.parts
+        )
     )
 
 
@@ -62,14 +97,14 @@ def residency_from(message: residency_pb2.Residency) -> Residency:
         name=message.name,
         model=message.model,
         state=_STATES.get(message.state, ResidencyState.UNKNOWN),
-        charges=_charges_from(message.charges),
+        charges=charges_from(message.charges),
         pinned=message.pinned,
         lease_count=message.lease_count,
         waiting_request_count=message.waiting_request_count,
         load_count=message.load_count,
         load_s=seconds_from(message.load_duration) if message.HasField("load_duration") else None,
         failure=_failure_from(message.failure) if message.HasField("failure") else None,
-        quarantined=_charges_from(message.quarantined),
+        quarantined=charges_from(message.quarantined),
     )
 
 
@@ -78,7 +113,7 @@ def server_info_from(message: admin_service_pb2.GetServerInfoResponse) -> Server
     return ServerInfo(
         version=message.version,
         library_versions=dict(sorted(message.library_versions.items())),
-        started_at=_time_from(message.start_time) if message.HasField("start_time") else None,
+        started_at=time_from(message.start_time) if message.HasField("start_time") else None,
         eviction_policy=message.eviction_policy,
         runtimes=tuple(message.runtimes),
         process_id=message.process_id,
@@ -103,7 +138,8 @@ def server_stats_from(message: admin_service_pb2.GetStatsResponse) -> ServerStat
     )
 
 
-def _charges_from(messages: Iterable[residency_pb2.DeviceCharge]) -> tuple[DeviceCharge, ...]:
+def charges_from(messages: Iterable[residency_pb2.DeviceCharge]) -> tuple[DeviceCharge, ...]:
+    """Return bytes per device."""
     return tuple(
         DeviceCharge(device=charge.device, size_bytes=charge.size_bytes) for charge in messages
     )
@@ -114,9 +150,10 @@ def _failure_from(message: residency_pb2.LoadFailure) -> LoadFailure:
         message=message.message,
         transient=message.transient,
         attempt_count=message.attempt_count,
-        retry_at=_time_from(message.retry_time) if message.HasField("retry_time") else None,
+        retry_at=time_from(message.retry_time) if message.HasField("retry_time") else None,
     )
 
 
-def _time_from(timestamp: Timestamp) -> datetime:
+def time_from(timestamp: Timestamp) -> datetime:
+    """Return a time, in UTC. Raises ``ValueError`` if it is out of range."""
     return timestamp.ToDatetime(tzinfo=UTC)

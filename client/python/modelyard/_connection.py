@@ -11,7 +11,9 @@ never make an overload worse. Left out on purpose:
 * keepalive pings: every call has a deadline, and a server or proxy that did not agree to pings
   closes the connection over them.
 
-Administrative calls are not retried: not all of them are idempotent.
+gRPC does not retry administrative calls: not all of them are idempotent. Those that carry a
+request id are repeated once by ``Admin``, when the connection broke. Watches, which last, are given
+deadlines of some minutes and resumed: that finds a dead connection without pings.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import grpc
 import grpc.aio
@@ -35,6 +38,7 @@ __all__ = [
     "AsyncConnection",
     "Connection",
     "ConnectionSettings",
+    "StreamingCall",
 ]
 
 DEFAULT_TARGET: Final = "127.0.0.1:8470"
@@ -48,6 +52,19 @@ _MAX_MESSAGE_LIMIT: Final = 2**31 - 1
 
 _RequestT = TypeVar("_RequestT", bound=Message)
 _ResponseT = TypeVar("_ResponseT")
+_ResponseT_co = TypeVar("_ResponseT_co", covariant=True)
+
+
+class StreamingCall(Protocol[_ResponseT_co]):
+    """A call under way that is answered with many messages. gRPC has no public name for it."""
+
+    def __iter__(self) -> Iterator[_ResponseT_co]:
+        """Return the messages as they come; raises ``grpc.RpcError`` for what it ends with."""
+        ...
+
+    def cancel(self) -> bool:
+        """End it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +203,35 @@ class Connection:
             if self._closed:
                 raise _closed_error() from None
             raise
+
+    def open_stream(
+        self,
+        rpc: grpc.UnaryStreamMultiCallable[_RequestT, _ResponseT],
+        request: _RequestT,
+        timeout_s: float,
+    ) -> StreamingCall[_ResponseT]:
+        """Begin a call that is answered with many messages, and return it.
+
+        Iterating over it raises ``grpc.RpcError`` for what it ends with.
+
+        Raises:
+            RuntimeError: the connection is closed.
+            ValueError: the request is too large.
+        """
+        self.settings.check_size(request)
+        if self._closed:
+            raise _closed_error()
+        try:
+            return rpc(request, timeout=timeout_s, metadata=self.settings.metadata())
+        except ValueError:
+            if self._closed:
+                raise _closed_error() from None
+            raise
+
+    def check_open(self) -> None:
+        """Raise ``RuntimeError`` if the connection is closed."""
+        if self._closed:
+            raise _closed_error()
 
     def close(self) -> None:
         """Close the channel; calls of other threads end with an error. Idempotent."""

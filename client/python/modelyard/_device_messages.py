@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, assert_never
 
-from modelyard.devices import ComponentDevice, Device, DeviceLike, DeviceMap, DeviceType
+from modelyard.devices import ComponentDevice, Device, DeviceMap, DeviceType
+from modelyard.placements import AutomaticPlacement, Placement, PlacementStrategy
 from modelyard.resources import ManagedDevice
-from modelyard.v1 import device_pb2
+from modelyard.v1 import device_pb2, model_pb2, plan_pb2
 
 __all__ = [
     "component_device_from",
     "component_device_message",
     "device_from",
     "device_message",
-    "device_name",
     "managed_device_from",
+    "placement_from",
+    "set_placement",
 ]
 
 _TO_WIRE: Final[Mapping[DeviceType, device_pb2.DeviceType.ValueType]] = MappingProxyType(
@@ -26,6 +28,22 @@ _TO_WIRE: Final[Mapping[DeviceType, device_pb2.DeviceType.ValueType]] = MappingP
         DeviceType.DISK: device_pb2.DEVICE_TYPE_DISK,
         DeviceType.MPS: device_pb2.DEVICE_TYPE_MPS,
         DeviceType.XPU: device_pb2.DEVICE_TYPE_XPU,
+    }
+)
+_STRATEGY_TO_WIRE: Final[Mapping[PlacementStrategy, device_pb2.PlacementStrategy.ValueType]] = (
+    MappingProxyType(
+        {
+            PlacementStrategy.AUTO: device_pb2.PLACEMENT_STRATEGY_AUTO,
+            PlacementStrategy.BALANCED: device_pb2.PLACEMENT_STRATEGY_BALANCED,
+            PlacementStrategy.SEQUENTIAL: device_pb2.PLACEMENT_STRATEGY_SEQUENTIAL,
+        }
+    )
+)
+_STRATEGY_FROM_WIRE: Final[Mapping[int, PlacementStrategy]] = MappingProxyType(
+    {
+        # The contract: unspecified is the same as auto.
+        device_pb2.PLACEMENT_STRATEGY_UNSPECIFIED: PlacementStrategy.AUTO,
+        **{wire: strategy for strategy, wire in _STRATEGY_TO_WIRE.items()},
     }
 )
 _FROM_WIRE: Final = MappingProxyType({wire: device_type for device_type, wire in _TO_WIRE.items()})
@@ -49,30 +67,8 @@ def device_from(message: device_pb2.Device) -> Device | None:
     return Device(device_type, message.index if message.HasField("index") else None)
 
 
-def component_device_message(placement: DeviceLike) -> device_pb2.ComponentDevice | None:
-    """Return a placement, in any form callers give it in, as a message; None stays None.
-
-    Raises:
-        TypeError: no such form.
-        ValueError: text that names no device, or the disk as a single device.
-    """
-    match placement:
-        case None:
-            return None
-        case ComponentDevice():
-            value = placement
-        case Device():
-            value = ComponentDevice.from_single(placement)
-        case DeviceMap():
-            value = ComponentDevice.from_multiple(placement)
-        case str():
-            value = ComponentDevice.from_str(placement)
-        case _:
-            # Callers without a type checker get here.
-            raise TypeError(
-                "placement must be a str, Device, DeviceMap, ComponentDevice or None, "
-                f"got {type(placement).__name__}"
-            )
+def component_device_message(value: ComponentDevice) -> device_pb2.ComponentDevice:
+    """Return an explicit placement as a message."""
     message = device_pb2.ComponentDevice()
     if value.single is not None:
         message.single.CopyFrom(device_message(value.single))
@@ -109,22 +105,48 @@ def component_device_from(message: device_pb2.ComponentDevice) -> ComponentDevic
             return None
 
 
-def device_name(device: Device | str) -> str:
-    """Return the resource name of a device.
+def set_placement(
+    message: model_pb2.Model | plan_pb2.ModelPlacement, placement: Placement | None
+) -> None:
+    """Say in a message where its model lives; None leaves it unsaid."""
+    match placement:
+        case None:
+            return
+        case ComponentDevice():
+            message.placement.CopyFrom(component_device_message(placement))
+        case AutomaticPlacement():
+            message.automatic_placement.CopyFrom(
+                device_pb2.AutomaticPlacement(
+                    strategy=_STRATEGY_TO_WIRE[placement.strategy],
+                    devices=map(device_message, placement.devices),
+                )
+            )
+        case _:
+            assert_never(placement)
 
-    Args:
-        device: a ``Device``, its text (``cuda:1``), its id (``cuda-1``) or its resource name.
+
+def placement_from(message: model_pb2.Model | plan_pb2.ModelPlacement) -> Placement | None:
+    """Return where the model of a message lives.
+
+    None stands for a placement that is unset, and for one with a kind of device or a strategy
+    this version does not know.
 
     Raises:
-        TypeError: anything else.
-        ValueError: the text is empty.
+        ValueError: the message breaks a rule of placements.
     """
-    if not isinstance(device, Device | str):
-        raise TypeError(f"device must be a Device or a str, got {type(device).__name__}")
-    text = str(device)
-    if not text:
-        raise ValueError("device is empty: give for instance 'cpu' or 'cuda:1'")
-    return text if text.startswith("devices/") else f"devices/{text.replace(':', '-')}"
+    match message.WhichOneof("where"):
+        case "placement":
+            return component_device_from(message.placement)
+        case "automatic_placement":
+            automatic = message.automatic_placement
+            strategy = _STRATEGY_FROM_WIRE.get(automatic.strategy)
+            found = [device_from(device) for device in automatic.devices]
+            devices = tuple(device for device in found if device is not None)
+            if strategy is None or len(devices) != len(found):
+                return None
+            return AutomaticPlacement(strategy=strategy, devices=devices)
+        case _:
+            return None
 
 
 def managed_device_from(message: device_pb2.ManagedDevice) -> ManagedDevice:
@@ -145,4 +167,7 @@ def managed_device_from(message: device_pb2.ManagedDevice) -> ManagedDevice:
         load_count=message.load_count,
         eviction_count=message.eviction_count,
         etag=message.etag,
+        drained=message.drained,
+        total_bytes=message.total_bytes,
+        transfer_bytes_per_s=message.transfer_bytes_per_second,
     )

@@ -50,6 +50,8 @@ _BY_REASON: Final[Mapping[str, type[errors.ModelyardError]]] = MappingProxyType(
         "DEADLINE_IN_RUN": errors.DeadlineExceeded,
         "SERVER_DRAINING": errors.ServerDraining,
         "INTERNAL": errors.ServerError,
+        "CONFIG_OWNED": errors.ConfigOwned,
+        "CATALOG_UNAVAILABLE": errors.CatalogUnavailable,
     }
 )
 

@@ -24,6 +24,8 @@ import grpc
 __all__ = [
     "AlreadyExists",
     "BudgetExhausted",
+    "CatalogUnavailable",
+    "ConfigOwned",
     "DeadlineExceeded",
     "DeadlinePhase",
     "DeadlineUnreachable",
@@ -184,7 +186,14 @@ class ModelInUse(PreconditionFailed):
 
 
 class PlacementInvalid(PreconditionFailed):
-    """The placement names a device the server does not manage, or breaks a rule of device maps."""
+    """The placement names a device the server does not manage, or does not fit the model.
+
+    A map has to give every parameter a device, and each of its keys has to cover one.
+    """
+
+
+class ConfigOwned(PreconditionFailed):
+    """The record belongs to the server's configuration file: change it there."""
 
 
 class ResourceExhausted(ModelyardError):
@@ -192,7 +201,7 @@ class ResourceExhausted(ModelyardError):
 
 
 class BudgetExhausted(ResourceExhausted):
-    """Pinned models leave no room for the model."""
+    """Pinned models leave no room for the model, or hold more than the budget asked for."""
 
     @property
     def device(self) -> str | None:
@@ -263,6 +272,13 @@ class DeadlineExceeded(ModelyardError):
     def phase(self) -> DeadlinePhase | None:
         """What the call was waiting for; None when this side's clock ran out first."""
         return _PHASES.get(self.reason or "")
+
+
+class CatalogUnavailable(ModelyardError):
+    """The server cannot write its catalog, for instance because the disk is full.
+
+    Nothing was changed and predictions go on; ``retry_after_s`` says when to try again.
+    """
 
 
 class ServerDraining(ModelyardError):

@@ -12,18 +12,65 @@ from datetime import datetime
 from enum import Enum
 
 from modelyard._struct_messages import JsonValue
-from modelyard.devices import ComponentDevice, Device
+from modelyard.devices import Device
+from modelyard.placements import Placement
 
 __all__ = [
     "DeviceCharge",
     "LoadFailure",
     "ManagedDevice",
     "Model",
+    "ModelOwner",
+    "PlacedModel",
+    "PlacedPart",
     "Residency",
     "ResidencyState",
     "ServerInfo",
     "ServerStats",
 ]
+
+
+class ModelOwner(Enum):
+    """Who owns a model's record, and with it who may change or delete it."""
+
+    UNKNOWN = "unknown"
+    """An owner this version does not know."""
+    CONFIG = "config"
+    """The server's configuration file. Pins and device plans still apply."""
+    API = "api"
+    """Whoever calls the API; kept in the catalog until it is deleted."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedPart:
+    """A part of a model on one device.
+
+    Args:
+        device: resource name of the device.
+        prefixes: module-path prefixes of what is there, each a whole subtree; ``""`` is the whole
+            model.
+        size_bytes: of parameters and buffers there, tied ones once, and what loading and running
+            it needs beside them.
+    """
+
+    device: str
+    prefixes: tuple[str, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedModel:
+    """One way to load a model; ``parts`` begin with the one that takes the inputs."""
+
+    parts: tuple[PlacedPart, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on all devices together."""
+        return sum(part.size_bytes for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +85,17 @@ class Model:
         runtime: what executes it, for instance ``transformers``.
         task: what the runtime does with it; empty for runtimes that do one thing.
         options: options of the runtime.
-        placement: where it lives. None when the server chooses, and when the placement names a
-            kind of device this version does not know.
-        estimated_bytes: bytes reserved for it before a load.
+        placement: where it lives: a ``ComponentDevice``, or the ``AutomaticPlacement`` by which
+            the server decides. None when nothing was said, which leaves the choice to the server,
+            and when it names a kind of device or a strategy this version does not know.
+        estimated_bytes: bytes reserved for it before a load, the most of its alternatives.
         created_at: when it was registered.
         etag: changes whenever the model changes.
+        owner: who may change or delete it.
+        placed_by_plan: True if ``placement`` was given by a device plan.
+        pinned: True while it is never evicted.
+        alternatives: the ways to load it, as placement and files have it.
+        warnings: what an operator should know and is no error.
     """
 
     name: str
@@ -52,10 +105,15 @@ class Model:
     runtime: str
     task: str
     options: Mapping[str, JsonValue]
-    placement: ComponentDevice | None
+    placement: Placement | None
     estimated_bytes: int
     created_at: datetime | None
     etag: str
+    owner: ModelOwner
+    placed_by_plan: bool
+    pinned: bool
+    alternatives: tuple[PlacedModel, ...]
+    warnings: tuple[str, ...]
 
     @property
     def id(self) -> str:
@@ -82,7 +140,11 @@ class ManagedDevice:
         peak_measured_bytes: highest value of the same.
         load_count: models loaded onto it since the server started.
         eviction_count: models evicted from it since the server started.
-        etag: changes whenever the budget changes.
+        etag: changes whenever the budget or ``drained`` changes.
+        drained: True while nothing is loaded onto it and what is there leaves.
+        total_bytes: what the device has; for the disk, what its file system has.
+        transfer_bytes_per_s: how fast weights come onto it at most, for logical devices that were
+            declared so; 0 is as fast as it goes.
     """
 
     name: str
@@ -100,6 +162,9 @@ class ManagedDevice:
     load_count: int
     eviction_count: int
     etag: str
+    drained: bool
+    total_bytes: int
+    transfer_bytes_per_s: int
 
     @property
     def id(self) -> str:

@@ -1,0 +1,295 @@
+"""``modelyard models``: registering, changing and removing models."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+
+import typer
+
+from modelyard.placements import placement_text
+from modelyard_server import cli_residencies
+from modelyard_server.cli_connection import (
+    DEFAULT_SERVER,
+    AsJson,
+    ModelName,
+    Server,
+    Timeout,
+    ask,
+    exit_codes,
+    refuse_options_before,
+)
+from modelyard_server.cli_printing import (
+    plain,
+    print_json,
+    print_line,
+    print_table,
+    short_name,
+    size,
+)
+
+if TYPE_CHECKING:
+    from modelyard import Model
+
+__all__ = ["register"]
+
+_RUNTIME_HELP: Final = "What executes it: transformers, torch or identity."
+
+_Runtime: TypeAlias = Annotated[str | None, typer.Option("--runtime", help=_RUNTIME_HELP)]
+_Root: TypeAlias = Annotated[
+    str | None, typer.Option("--root", help="Name of the server's folder with the weights.")
+]
+_Folder: TypeAlias = Annotated[
+    str | None, typer.Option("--folder", help="Folder below the root, relative.")
+]
+_Task: TypeAlias = Annotated[
+    str | None, typer.Option("--task", help="What it does, such as text-classification.")
+]
+_Keys: TypeAlias = Annotated[
+    list[str] | None, typer.Option("--key", help="A key that means it; may be repeated.")
+]
+_Placement: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="PLACEMENT",
+        help="Where it lives: cuda:1, auto, balanced, sequential, or a table as JSON.",
+    ),
+]
+_Options: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", metavar="NAME=JSON", help="An option of the runtime; may be repeated."
+    ),
+]
+_Etag: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--etag", metavar="ETAG", help="Do it only if this is the model's etag."),
+]
+_DryRun: TypeAlias = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything and change nothing.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an application."""
+    models = typer.Typer(help="Registered models.")
+    models.callback(invoke_without_command=True)(_group)
+    models.command("list")(_list)
+    models.command("show")(_show)
+    models.command("add")(_add)
+    models.command("update")(_update)
+    models.command("rm")(_remove)
+    cli_residencies.register_changes(models)
+    app.add_typer(models, name="models")
+
+
+def _group(
+    ctx: typer.Context,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """List the models, or do what a command says."""
+    if ctx.invoked_subcommand is None:
+        _list(server, timeout, as_json)
+    else:
+        refuse_options_before(ctx)
+
+
+def _list(
+    server: Server = DEFAULT_SERVER, timeout: Timeout = 30.0, as_json: AsJson = False
+) -> None:
+    """List the registered models."""
+    models = ask(server, timeout, lambda admin: admin.list_models())
+    if as_json:
+        print_json(models)
+        return
+    print_table(
+        ["model", "keys", "runtime", "task", "placement", "estimated", "owner", "pinned"],
+        (
+            [
+                model.id,
+                ", ".join(model.keys),
+                model.runtime,
+                model.task,
+                placement_text(model.placement),
+                size(model.estimated_bytes),
+                str(model.owner),
+                "pinned" if model.pinned else "",
+            ]
+            for model in models
+        ),
+    )
+
+
+def _show(
+    model: ModelName,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Print everything about one model."""
+    _print_model(ask(server, timeout, lambda admin: admin.get_model(model), model=model), as_json)
+
+
+def _add(
+    model: ModelName,
+    runtime: Annotated[str, typer.Option("--runtime", help=_RUNTIME_HELP, show_default=False)],
+    root: _Root = None,
+    folder: _Folder = None,
+    task: _Task = None,
+    keys: _Keys = None,
+    placement: _Placement = None,
+    options: _Options = None,
+    dry_run: _DryRun = False,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Register a model. Its files are checked and priced; nothing is loaded."""
+    with exit_codes():
+        given = {
+            "root": root,
+            "folder": folder,
+            "task": task or "",
+            "keys": keys or [],
+            "placement": _read_placement(placement),
+            "options": _read_options(options),
+        }
+    added = ask(
+        server,
+        timeout,
+        lambda admin: admin.create_model(model, runtime=runtime, validate_only=dry_run, **given),
+    )
+    _print_model(added, as_json)
+
+
+def _update(
+    model: ModelName,
+    runtime: _Runtime = None,
+    root: _Root = None,
+    folder: _Folder = None,
+    task: _Task = None,
+    keys: _Keys = None,
+    no_keys: Annotated[bool, typer.Option("--no-keys", help="Take its keys away.")] = False,
+    placement: _Placement = None,
+    options: _Options = None,
+    no_options: Annotated[
+        bool, typer.Option("--no-options", help="Take its options away.")
+    ] = False,
+    etag: _Etag = None,
+    dry_run: _DryRun = False,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = 300.0,
+    as_json: AsJson = False,
+) -> None:
+    """Change a model; what is not given stays as it is.
+
+    Keys and options that are given replace all there were. A resident model is loaded anew before
+    the old one leaves.
+    """
+    with exit_codes():
+        if (keys and no_keys) or (options and no_options):
+            raise ValueError("give new ones or take them away, not both")
+        texts = {"runtime": runtime, "root": root, "folder": folder, "task": task}
+        given: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
+        if keys or no_keys:
+            given["keys"] = keys or []
+        if options or no_options:
+            given["options"] = _read_options(options)
+        if placement is not None:
+            given["placement"] = _read_placement(placement)
+    changed = ask(
+        server,
+        timeout,
+        lambda admin: admin.update_model(model, etag=etag, validate_only=dry_run, **given),
+        model=model,
+    )
+    _print_model(changed, as_json)
+
+
+def _remove(
+    model: ModelName,
+    etag: _Etag = None,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Remove a model. Requests that run are answered, requests that wait are refused."""
+    ask(server, timeout, lambda admin: admin.delete_model(model, etag=etag), model=model)
+    if as_json:
+        print_json({"removed": f"models/{short_name(model)}"})
+    else:
+        print_line(f"removed {short_name(model)}")
+
+
+def _read_placement(text: str | None) -> Any:
+    """Return a placement as the client takes it: a table if it is written as JSON."""
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--device is no JSON: {error}") from error
+
+
+def _read_options(texts: list[str] | None) -> dict[str, Any] | None:
+    if not texts:
+        return None
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise ValueError(f"--option {text!r} must be NAME=JSON, such as top_k=5")
+        if name in options:
+            raise ValueError(f"--option {name!r} is given twice")
+        try:
+            options[name] = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"--option {name!r} is no JSON: {error}; text needs its quotes: "
+                f"""'{name}="text"'"""
+            ) from error
+    return options
+
+
+def _print_model(model: Model, as_json: bool) -> None:
+    if as_json:
+        print_json(model)
+        return
+    source = "" if model.root is None else f"{model.root}: {model.folder}"
+    by_plan = " (by the device plan)" if model.placed_by_plan else ""
+    print_table(
+        ["field", "value"],
+        [
+            ["model", model.id],
+            ["keys", ", ".join(model.keys)],
+            ["weights", source],
+            ["runtime", model.runtime],
+            ["task", model.task],
+            ["options", json.dumps(plain(model.options))],
+            ["placement", placement_text(model.placement) + by_plan],
+            ["estimated", size(model.estimated_bytes)],
+            ["owner", str(model.owner)],
+            ["pinned", "pinned" if model.pinned else ""],
+            ["created", "" if model.created_at is None else model.created_at.isoformat()],
+            ["etag", model.etag],
+        ],
+    )
+    if model.alternatives:
+        print_table(
+            ["way", "device", "bytes", "parts"],
+            (
+                [
+                    str(number),
+                    short_name(part.device),
+                    size(part.size_bytes),
+                    ", ".join(prefix or "(all)" for prefix in part.prefixes),
+                ]
+                for number, placed in enumerate(model.alternatives, 1)
+                for part in placed.parts
+            ),
+        )
+    for warning in model.warnings:
+        print_line(f"warning: {warning}")
