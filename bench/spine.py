@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import re
 import statistics
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.echo_server import SERVICE as ECHO_SERVICE
+from bench.machine import write_figures, written
 from modelyard import Admin, Client
 from modelyard.v1 import inference_service_pb2 as pb
 from modelyard.v1 import tensor_pb2
@@ -88,9 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures |= identity_figures(Path(folder), arguments.rounds)
         figures |= memory_figures(Path(folder), arguments.cycles)
-    figures |= machine()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+    write_figures(arguments.output, figures)
     console.print(f"written to {arguments.output}")
 
 
@@ -218,13 +214,6 @@ def identity_figures(folder: Path, rounds: int) -> dict[str, Any]:
     return figures
 
 
-def written(folder: Path, config: str) -> Path:
-    """A configuration as a file."""
-    path = folder / "modelyard.toml"
-    path.write_text(config)
-    return path
-
-
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Median over the rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
@@ -337,21 +326,6 @@ def memory_figures(folder: Path, cycles: int) -> dict[str, Any]:
         "rss_drift_200_cycles_pct": round(drift, 2),
         "rss_after_cycle_20_mb": round(settled / 1e6, 1),
         "ledger_bytes_at_end": left,
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Where and from what the figures come."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "machine_cpus": os.cpu_count() or 0,
-        "machine_load_1min": round(os.getloadavg()[0], 2),
-        "machine_kernel": platform.release(),
-        "python_version": sys.version.split()[0],
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
