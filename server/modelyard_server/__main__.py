@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelyard_server.cli import main
+from modelyard_server.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -24,7 +24,7 @@ from modelyard.v1 import (
     residency_service_pb2,
     tensor_pb2,
 )
-from modelyard_server.cli import app
+from modelyard_server.cli.main import app
 
 RESIDENCY = residency_pb2.Residency(
     name="residencies/m",

@@ -22,9 +22,9 @@ from modelyard.v1 import (
     residency_pb2,
     residency_service_pb2,
 )
-from modelyard_server import cli_plans
-from modelyard_server.cli import app
-from modelyard_server.cli_printing import print_line
+from modelyard_server.cli import plans as plan_commands
+from modelyard_server.cli.main import app
+from modelyard_server.cli.printing import print_line
 
 GPU_1 = device_pb2.Device(type=device_pb2.DEVICE_TYPE_GPU, index=1)
 GPU = device_pb2.ManagedDevice(
@@ -317,7 +317,7 @@ class TestApply:
             if "load_started" in text:
                 told.set()
 
-        monkeypatch.setattr(cli_plans, "print_line", tell)
+        monkeypatch.setattr(plan_commands, "print_line", tell)
 
         def events(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             gone = threading.Event()

@@ -20,7 +20,7 @@ from modelyard.v1 import (
     residency_pb2,
     residency_service_pb2,
 )
-from modelyard_server.cli import app
+from modelyard_server.cli.main import app
 
 CPU = device_pb2.Device(type=device_pb2.DEVICE_TYPE_CPU)
 GPU_1 = device_pb2.Device(type=device_pb2.DEVICE_TYPE_GPU, index=1)

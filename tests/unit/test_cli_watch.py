@@ -24,7 +24,7 @@ from modelyard.v1 import (
     residency_pb2,
     residency_service_pb2,
 )
-from modelyard_server.cli import app
+from modelyard_server.cli.main import app
 
 EVENT = event_pb2.Event(
     revision=5,
@@ -58,7 +58,7 @@ FAILED = residency_pb2.Residency(
 # A process that a shell starts in the background ignores SIGINT, and so would its children.
 INTERRUPTIBLE = """
 import signal
-from modelyard_server.cli import main
+from modelyard_server.cli.main import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
@@ -218,7 +218,7 @@ class TestEnding:
         server.answer("WatchEvents", endless)
         with subprocess.Popen(
             [
-                *(sys.executable, "-c", "from modelyard_server.cli import main; main()"),
+                *(sys.executable, "-c", "from modelyard_server.cli.main import main; main()"),
                 *("watch", "--events", "--server", server.address),
             ],
             stdout=subprocess.PIPE,

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from modelyard.devices import ComponentDevice, Device, DeviceMap
 from modelyard.placements import AutomaticPlacement, Placement, PlacementStrategy
-from modelyard_server.cli_config import register
+from modelyard_server.cli.config import register
 from modelyard_server.config import (
     Budget,
     CatalogConfig,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 import typer
 
 from modelyard.placements import placement_text
-from modelyard_server import cli_residencies
-from modelyard_server.cli_connection import (
+from modelyard_server.cli import residencies as residency_commands
+from modelyard_server.cli.connection import (
     DEFAULT_SERVER,
     AsJson,
     ModelName,
@@ -19,7 +19,7 @@ from modelyard_server.cli_connection import (
     exit_codes,
     refuse_options_before,
 )
-from modelyard_server.cli_printing import (
+from modelyard_server.cli.printing import (
     plain,
     print_json,
     print_line,
@@ -80,7 +80,7 @@ def register(app: typer.Typer) -> None:
     models.command("add")(_add)
     models.command("update")(_update)
     models.command("rm")(_remove)
-    cli_residencies.register_changes(models)
+    residency_commands.register_changes(models)
     app.add_typer(models, name="models")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, TypeVar
 
 import typer
 
-from modelyard_server.cli_printing import printable
+from modelyard_server.cli.printing import printable
 
 if TYPE_CHECKING:
     from modelyard import Admin, Model, NotFound

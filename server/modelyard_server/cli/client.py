@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from modelyard_server.cli_connection import (
+from modelyard_server.cli.connection import (
     DEFAULT_SERVER,
     AsJson,
     Server,
@@ -15,7 +15,7 @@ from modelyard_server.cli_connection import (
     exit_codes,
     suggest,
 )
-from modelyard_server.cli_printing import (
+from modelyard_server.cli.printing import (
     cell,
     duration,
     plain,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from modelyard.placements import placement_text
-from modelyard_server.cli_connection import (
+from modelyard_server.cli.connection import (
     DEFAULT_SERVER,
     EXIT_REFUSED,
     AsJson,
@@ -23,7 +23,7 @@ from modelyard_server.cli_connection import (
     ask,
     exit_codes,
 )
-from modelyard_server.cli_printing import (
+from modelyard_server.cli.printing import (
     charges,
     print_json,
     print_line,
@@ -31,7 +31,7 @@ from modelyard_server.cli_printing import (
     short_name,
     size,
 )
-from modelyard_server.cli_watch import event_line
+from modelyard_server.cli.watch import event_line
 
 if TYPE_CHECKING:
     from modelyard import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from modelyard_server.cli_connection import (
+from modelyard_server.cli.connection import (
     DEFAULT_SERVER,
     AsJson,
     ModelName,
@@ -12,7 +12,7 @@ from modelyard_server.cli_connection import (
     Timeout,
     ask,
 )
-from modelyard_server.cli_printing import print_json, print_residencies, show_residency
+from modelyard_server.cli.printing import print_json, print_residencies, show_residency
 
 __all__ = ["register", "register_changes"]
 

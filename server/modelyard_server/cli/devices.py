@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelyard_server import cli_plans
-from modelyard_server.cli_connection import (
+from modelyard_server.cli import plans as plan_commands
+from modelyard_server.cli.connection import (
     DEFAULT_SERVER,
     AsJson,
     DeviceName,
@@ -17,7 +17,7 @@ from modelyard_server.cli_connection import (
     exit_codes,
     refuse_options_before,
 )
-from modelyard_server.cli_printing import (
+from modelyard_server.cli.printing import (
     charges,
     print_devices,
     print_json,
@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
     devices = typer.Typer(help="Devices, their budgets and the device plan.")
     devices.callback(invoke_without_command=True)(_group)
     devices.command("list")(_list)
-    cli_plans.register(devices)
+    plan_commands.register(devices)
     devices.command("drain")(_drain)
     devices.command("undrain")(_undrain)
     devices.command("rebalance")(_rebalance)
@@ -167,7 +167,7 @@ def _rebalance(
         )
     else:
         print_line("nothing to move")
-    cli_plans.print_forecasts(done.devices)
+    plan_commands.print_forecasts(done.devices)
 
 
 def _budget(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modelyard_server.cli_connection import (
+from modelyard_server.cli.connection import (
     DEFAULT_SERVER,
     AsJson,
     ModelName,
@@ -16,7 +16,7 @@ from modelyard_server.cli_connection import (
     ask,
     exit_codes,
 )
-from modelyard_server.cli_printing import (
+from modelyard_server.cli.printing import (
     charges,
     clock,
     duration,

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from modelyard_server import (
-    cli_client,
-    cli_config,
-    cli_devices,
-    cli_models,
-    cli_residencies,
-    cli_watch,
+from modelyard_server.cli import (
+    client,
+    config,
+    devices,
+    models,
+    residencies,
+    watch,
 )
 
 __all__ = ["app", "main"]
@@ -78,12 +78,12 @@ def demo(
     raise typer.Exit(show(folder))
 
 
-cli_client.register(app)
-cli_devices.register(app)
-cli_models.register(app)
-cli_residencies.register(app)
-cli_watch.register(app)
-cli_config.register(app)
+client.register(app)
+devices.register(app)
+models.register(app)
+residencies.register(app)
+watch.register(app)
+config.register(app)
 
 
 def main() -> None:
