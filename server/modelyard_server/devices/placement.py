@@ -200,10 +200,13 @@ def _mapped(
             disk=disk,
             device_names=[str(managed.device) for managed in devices],
         )
-    elif len(set(keys.values())) == 1:
+    elif set(keys) == {""}:
         target = Target.whole(home)
     else:
-        raise placement_invalid("the model's runtime cannot split it over several devices")
+        raise placement_invalid(
+            "the model's runtime cannot split it over several devices: it knows no parts, so name "
+            'a device, or map "" alone'
+        )
     if len(set(device_map.values())) == 1:
         # As good as a single device, so that one without an id is any of its kind.
         return _on_any(_of_device(next(iter(device_map.values())), devices), price)

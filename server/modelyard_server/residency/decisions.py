@@ -29,7 +29,7 @@ _BY_OPERATORS = frozenset(
 
 _WORDS = {
     EventType.LOAD_STARTED: "its load began, {size} are reserved",
-    EventType.LOAD_DONE: "loaded, holds {size}",
+    EventType.LOAD_DONE: "holds {size}",
     EventType.LOAD_FAILED: "its load failed or was stopped",
     EventType.EVICTED: "evicted",
     EventType.DRAINED: "told to leave when its requests end",

@@ -28,7 +28,10 @@ def new_error_id() -> str:
 
 def invalid(*violations: Violation) -> Refusal:
     """INVALID_FIELD for all violations of a message at once."""
-    text = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
+    text = "; ".join(
+        f"{violation.field}: {violation.description}" if violation.field else violation.description
+        for violation in violations
+    )
     return Refusal(Reason.INVALID_FIELD, text, violations=violations)
 
 

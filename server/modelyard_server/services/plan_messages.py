@@ -48,7 +48,8 @@ def change_of(
         try:
             position = position_of(setting.device)
         except Refusal as refusal:
-            violations.append(Violation(f"{field}.device", refusal.text))
+            found = [each.description for each in refusal.violations] or [refusal.text]
+            violations += (Violation(f"{field}.device", text) for text in found)
             continue
         if position in seen:
             violations.append(Violation(f"{field}.device", f"{setting.device} is there twice"))
