@@ -342,7 +342,7 @@ def test_a_load_that_is_done_says_how_long_it_took_and_who_waited() -> None:
     # The core puts the seconds where others have their score.
     event, _ = published("LOAD_DONE", seconds=0.25, score=0.25, waited_ns=1_500_000_000)
     assert (event.load_s, event.waited_s, event.score) == (0.25, 1.5, None)
-    assert event.description == "loaded, holds 100B"
+    assert event.description == "holds 100B"
 
 
 def test_a_refusal_says_why() -> None:

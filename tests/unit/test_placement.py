@@ -284,12 +284,13 @@ class TestMaps:
         found = refusal(ComponentDevice.from_multiple(DeviceMap({})))
         assert found.reason is Reason.PLACEMENT_INVALID
 
-    def test_a_runtime_that_cannot_split_takes_no_map_but_of_one_device(self) -> None:
+    def test_a_runtime_that_cannot_split_takes_no_map_but_of_the_whole(self) -> None:
         price = Price(resting_bytes=10, peak_bytes=12)
-        found = refusal({"encoder": "cpu", "": "cuda:0"}, price=price)
-        assert found.reason is Reason.PLACEMENT_INVALID
-        assert "cannot split" in found.text
-        assert the_only({"any": "cpu"}, price=price).charges == {CPU: 12}
+        for device_map in ({"encoder": "cpu", "": "cuda:0"}, {"any": "cpu"}):
+            found = refusal(device_map, price=price)
+            assert found.reason is Reason.PLACEMENT_INVALID
+            assert "cannot split" in found.text
+        assert the_only({"": "cpu"}, price=price).charges == {CPU: 12}
 
     def test_a_map_without_a_price_is_kept_as_it_is(self) -> None:
         found = the_only({"nobody.knows": "cuda:0", "": "cpu"}, price=None)

@@ -542,7 +542,7 @@ async def test_bytes_that_are_no_message_are_an_invalid_field() -> None:
         told, error = await server.all_of(server.stream("Tell", b"\xff\xff"))
     assert told == []
     assert error is not None
-    assert error.details() == ": the message is no HealthCheckRequest"
+    assert error.details() == "the message is no HealthCheckRequest"
 
 
 async def test_closing_the_handler_closes_the_method_at_once() -> None:
