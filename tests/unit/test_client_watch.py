@@ -600,7 +600,8 @@ class TestInterruption:
                 process.send_signal(signal.SIGINT)
                 *_, last = process.stdout
                 assert process.wait(20) == 0
-                assert last == "interrupted []\n"
+                # The signal may have cut a line of the follower's own in two.
+                assert last.endswith("interrupted []\n")
 
 
 class TestExplain:

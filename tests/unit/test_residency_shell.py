@@ -140,6 +140,21 @@ async def test_concurrent_requests_for_a_cold_model_are_one_load(benches: Any) -
     assert bench.engine.load_log == ["m"]
 
 
+async def test_what_an_operator_asks_for_is_told_as_theirs(benches: Any) -> None:
+    bench = benches()
+    wished, requested = bench.add("wished"), bench.add("requested", 100, 1)
+    bench.residency.want(wished)
+    await bench.load_and_release(requested)
+    events, _ = bench.residency.journal.events_after(0)
+    causes = {(event.type.name, event.subject): event.cause for event in events}
+    assert causes["QUEUED", "models/wished"] == "operator"
+    assert causes["LOAD_STARTED", "models/wished"] == "operator"
+    assert causes["QUEUED", "models/requested"] == ""
+    assert causes["LOAD_STARTED", "models/requested"] == ""
+    bench.engine.loads[wished.core_id].finish(100)
+    await turns()
+
+
 async def test_a_hit_is_one_call_and_a_miss_is_none(benches: Any) -> None:
     bench = benches()
     model = bench.add("m")

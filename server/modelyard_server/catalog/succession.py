@@ -165,7 +165,7 @@ class Succession:
     async def _stage(self, heir: Heir, deadline_ns: int) -> None:
         handle = heir._handle = self._add(heir, heir.ways_to_stage)
         try:
-            lease = await self._residency.lease(handle, deadline_ns)
+            lease = await self._residency.lease(handle, deadline_ns, asked=True)
         except Refusal as refusal:
             if refusal.reason is Reason.DEADLINE_IN_QUEUE:
                 # To wait for another heir's load is part of the staging.

@@ -213,7 +213,9 @@ class Residency:
         self._apply(change(handle.core_id, self._now_ns()))
 
     def want(self, handle: ModelHandle) -> None:
-        """Asks for a model to be resident, without waiting. Refused as a request would be.
+        """Asks for a model to be resident, without waiting, as an operator does.
+
+        Refused as a request would be.
 
         Raises:
             Refusal: it cannot be loaded now; see lease.
@@ -221,7 +223,7 @@ class Residency:
         ticket, actions = self._yard.request(handle.core_id, self._now_ns(), NEVER_NS)
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._tickets[ticket] = future
-        self._apply(actions)
+        self._apply(actions, asked=handle.core_id)
         # Nobody waits for it: a grant is given back at once, a late refusal is the model's state.
         if future.done():
             self._release(future.result())
@@ -262,12 +264,13 @@ class Residency:
         lease_id = self._yard.try_acquire(handle.core_id, self._now_ns())
         return Lease(self, lease_id, handle, 0.0, None) if lease_id else None
 
-    async def lease(self, handle: ModelHandle, deadline_ns: int) -> Lease:
+    async def lease(self, handle: ModelHandle, deadline_ns: int, *, asked: bool = False) -> Lease:
         """Waits until the model is resident and leases it.
 
         Args:
             handle: the model.
             deadline_ns: of the residency's clock; NEVER_NS for none.
+            asked: it is for an operator, not for a request.
 
         Raises:
             Refusal: MODEL_NEVER_FITS, BUDGET_EXHAUSTED, QUEUE_FULL, LOAD_FAILED, MODEL_NOT_FOUND,
@@ -278,17 +281,19 @@ class Residency:
             # Another may have taken its place since the caller looked it up.
             handle = heir_of(handle)
             try:
-                return await self._lease_this(handle, began_ns, deadline_ns)
+                return await self._lease_this(handle, began_ns, deadline_ns, asked)
             except Refusal as refusal:
                 if refusal.reason is not Reason.MODEL_NOT_FOUND or handle.successor is None:
                     raise
 
-    async def _lease_this(self, handle: ModelHandle, began_ns: int, deadline_ns: int) -> Lease:
+    async def _lease_this(
+        self, handle: ModelHandle, began_ns: int, deadline_ns: int, asked: bool
+    ) -> Lease:
         loop = asyncio.get_running_loop()
         ticket, actions = self._yard.request(handle.core_id, self._now_ns(), deadline_ns)
         future: asyncio.Future[int] = loop.create_future()
         self._tickets[ticket] = future
-        self._apply(actions)
+        self._apply(actions, asked=handle.core_id if asked else 0)
         try:
             lease_id = await future
         except asyncio.CancelledError:
@@ -422,9 +427,14 @@ class Residency:
 
     # --- Actions ------------------------------------------------------------------------------
 
-    def _apply(self, actions: list[_Action] | None) -> None:
-        """Carries actions out, in order; those that come of carrying one out after the others."""
-        self._teller.tell()
+    def _apply(self, actions: list[_Action] | None, *, asked: int = 0) -> None:
+        """Carries actions out, in order; those that come of carrying one out after the others.
+
+        Args:
+            actions: of one event.
+            asked: the core's id for the model, if the event was an operator's asking for one.
+        """
+        self._teller.tell(asked=asked)
         if not actions:
             return
         self._todo.extend(actions)

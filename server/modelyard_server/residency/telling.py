@@ -12,6 +12,9 @@ from modelyard_server.residency.values import ModelHandle
 
 __all__ = ["Teller"]
 
+_ASKED_FOR = frozenset({"QUEUED", "LOAD_STARTED"})
+"""What is decided at once when somebody asks for a model."""
+
 _REFUSALS_APART_NS = 1_000_000_000
 """Refused requests of one model are told this far apart at least: the journal is bounded."""
 
@@ -41,8 +44,13 @@ class Teller:
         self._told = 0
         self._refused_ns: dict[int, int] = {}
 
-    def tell(self) -> None:
-        """Tells what was decided since the last time."""
+    def tell(self, *, asked: int = 0) -> None:
+        """Tells what was decided since the last time.
+
+        Args:
+            asked: the core's id for a model that an operator asked for just now; 0 for none. The
+                core does not know who asks.
+        """
         last = self._yard.last_explained
         if last == self._told:
             return
@@ -51,6 +59,8 @@ class Teller:
         for record in records:
             if record["decision"] == "REFUSED" and self._was_just_told(record):
                 continue
+            if asked == record["model"] and record["decision"] in _ASKED_FOR:
+                record["why"] = "OPERATOR"
             handle = self._handles.get(record["model"])
             if record["why"] == "REMOVED" and handle is not None and handle.successor is not None:
                 record["why"] = "REPLACED"
