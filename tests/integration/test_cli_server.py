@@ -326,6 +326,18 @@ async def test_without_a_server_the_exit_code_is_3(tmp_path: Path) -> None:
 # --- Watching -------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Lets children be interrupted, also where the tests run in the background.
+
+    A shell without job control has such a process ignore SIGINT, and its children inherit that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 async def test_a_watch_tells_what_an_operator_does_until_it_is_interrupted(
     server: ServerProcess, shell: Shell
 ) -> None:

@@ -21,6 +21,9 @@ from modelyard_server.transport.api import Call, Handler, StatusReply, StreamHan
 
 __all__ = ["Carrier"]
 
+_SWEEP = 64
+"""How many calls' tasks are kept before those that have ended are let go."""
+
 logger = logging.getLogger(__name__)
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -38,27 +41,33 @@ class Carrier:
     Args:
         defect: what a caller is told when a handler raises; takes the error_id that is in the log.
         draining: what the caller of a stream is told when the server stops.
-
-    Attributes:
-        unary_tasks: of the unary calls that run. A call is among them until its answer is sent.
     """
 
     def __init__(self, *, defect: Callable[[str], StatusReply], draining: StatusReply) -> None:
-        self.unary_tasks: set[asyncio.Task[Any]] = set()
+        self._unary: set[asyncio.Task[Any]] = set()
         self._streams: set[asyncio.Timeout] = set()
         self._defect = defect
         self._draining = draining
         self._is_draining = False
+        self._sweep_at = _SWEEP
+
+    @property
+    def unary_tasks(self) -> set[asyncio.Task[Any]]:
+        """Tasks of the unary calls that run. A call is among them until its answer is sent."""
+        return {task for task in self._unary if not task.done()}
 
     def unary(self, handler: Handler) -> Callable[[bytes, _Context], Awaitable[bytes]]:
         """A handler that answers once."""
-        defect, tasks = self._defect, self.unary_tasks
-        discard = tasks.discard
+        defect, tasks = self._defect, self._unary
 
         async def answer(body: bytes, context: _Context) -> bytes:
             if (task := asyncio.current_task()) is not None:
+                # Those that have ended are swept out now and then: a callback for each would cost
+                # more than everything else here.
                 tasks.add(task)
-                task.add_done_callback(discard)
+                if len(tasks) >= self._sweep_at:
+                    tasks.intersection_update(self.unary_tasks)
+                    self._sweep_at = max(_SWEEP, 2 * len(tasks))
             try:
                 reply = await handler(
                     Call(body, context.invocation_metadata, context.time_remaining())
