@@ -182,7 +182,7 @@ async def test_calls_that_race_for_one_model_leave_a_right_ledger(server: Runnin
             assert set(found[: len(pending)]) <= RACE_REASONS, sorted(set(found))
             server.app.residency.audit()
         await outcome(delete(server, "contested"))
-        await server.at_rest()
+    await server.at_rest()
     assert (await state(server))[1] == before[1]
     plan = (await devices(server).GetPlan(ds.GetPlanRequest())).plan
     assert name not in [placed.model for placed in plan.models]
