@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from modelyard_server.config import Budget, Config, ConfigError, default_config_text, parse_config
@@ -77,7 +77,16 @@ def edited(changes: list[tuple[str, int, str, str, str]]) -> str:
     return "\n".join(lines)
 
 
+ROOT_LINE = (
+    default_config_text()
+    .splitlines()
+    .index(next(line for line in default_config_text().splitlines() if line.startswith("store = ")))
+)
+"""Where the example names a root: a name that is none must not reach a terminal as it is."""
+
+
 @given(edits)
+@example([("replace key", ROOT_LINE, "true", '"\\n"', "")])
 def test_edits_of_the_example_parse_or_raise_config_error(
     changes: list[tuple[str, int, str, str, str]],
 ) -> None:

@@ -354,7 +354,9 @@ def plan_conflicts(
     for model_id, given in models.items():
         root = given.get("root")
         if root is not None and root not in roots:
-            names = ", ".join(sorted(roots)) or "none"
+            # A name that is none has been reported; here it may be anything.
+            known = (name if name.isprintable() else quoted(name) for name in sorted(roots))
+            names = ", ".join(known) or "none"
             yield ("models", model_id, "root"), f"{quoted(root)} is not in [roots] (there: {names})"
         component = given.get("device")
         if readable and component is not None:
