@@ -141,6 +141,12 @@ void register_types(py::module_& module) {
                                for (const Charge& p : e.placements) placements.append(to_python(p));
                                return placements;
                              })
+      .def_property_readonly("shares",
+                             [](const Entry& e) {
+                               py::list shares;
+                               for (ShareId id : e.shares) shares.append(to_integer(id));
+                               return shares;
+                             })
       .def_readonly("pinned", &Entry::pinned)
       .def_readonly("removed", &Entry::removed)
       .def_readonly("lease_count", &Entry::lease_count)

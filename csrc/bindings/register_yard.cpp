@@ -28,6 +28,23 @@ std::vector<Charge> to_placements(const py::list& placements) {
   return charges;
 }
 
+std::vector<ShareId> to_shares(const std::vector<std::int64_t>& ids) {
+  std::vector<ShareId> shares;
+  shares.reserve(ids.size());
+  for (const std::int64_t id : ids) shares.push_back(static_cast<ShareId>(id));
+  return shares;
+}
+
+std::vector<DeviceIndex> to_devices(const std::vector<std::int64_t>& positions) {
+  std::vector<DeviceIndex> devices;
+  devices.reserve(positions.size());
+  for (const std::int64_t at : positions) {
+    devices.push_back(at < 0 || at > std::int64_t{kMaxDevices} ? kNoDevice
+                                                               : static_cast<DeviceIndex>(at));
+  }
+  return devices;
+}
+
 Duration nanoseconds_of(double seconds, const char* what) {
   constexpr double kMost = 9e9;
   if (!(seconds >= 0) || seconds > kMost) {
@@ -76,6 +93,7 @@ py::dict to_python(const Explanation& e) {
   record["score"] = e.score;
   record["seconds"] = e.decision == Decision::kLoadDone ? e.score : 0.0;
   record["bytes"] = e.bytes.value;
+  record["shared_bytes"] = e.shared_bytes.value;
   record["waited_ns"] = e.waited.count();
   return record;
 }
@@ -103,26 +121,59 @@ void register_yard(py::module_& module) {
       .def(
           "add_model",
           [](Yard& yard, std::string label, const py::list& placements, double reload_seconds,
-             std::int64_t replaces) {
+             std::int64_t replaces, const std::vector<std::int64_t>& shares,
+             const std::vector<std::int64_t>& shares_on) {
             ModelSpec spec;
+            spec.shares = to_shares(shares);
+            spec.shares_on = to_devices(shares_on);
             if (replaces != 0) spec.replaces = model_id(replaces);
             spec.label = std::move(label);
             spec.placements = to_placements(placements);
             spec.reload_seconds = reload_seconds;
             return to_integer(unwrap(yard.add_model(std::move(spec))));
           },
-          "Adds a model, cold. `replaces` is a model whose history it takes over, or 0.",
+          "Adds a model, cold. `replaces` is a model whose history it takes over, or 0. `shares` "
+          "are "
+          "held besides each placement's bytes, on the device at its place in `shares_on`; -1 "
+          "there "
+          "for a placement that holds none.",
           py::arg("label"), py::arg("placements"), py::arg("reload_seconds"),
-          py::arg("replaces") = 0)
+          py::arg("replaces") = 0, py::arg("shares") = std::vector<std::int64_t>{},
+          py::arg("shares_on") = std::vector<std::int64_t>{})
+      .def(
+          "add_share",
+          [](Yard& yard, std::int64_t bytes) {
+            return to_integer(unwrap(yard.add_share(Bytes{bytes})));
+          },
+          "Bytes that models may hold together; they are charged once a device.", py::arg("bytes"))
+      .def(
+          "split_share",
+          [](Yard& yard, std::int64_t share, std::int64_t part) {
+            return to_integer(unwrap(yard.split_share(static_cast<ShareId>(share), Bytes{part})));
+          },
+          "Cuts a part off a share: a new share of the same models.", py::arg("share"),
+          py::arg("part"))
+      .def(
+          "forget_share",
+          [](Yard& yard, std::int64_t share) {
+            if (Status done = yard.forget_share(static_cast<ShareId>(share)); !done) {
+              raise(done.error());
+            }
+          },
+          "Forgets a share that no model is made of.", py::arg("share"))
       .def(
           "update_placements",
-          [](Yard& yard, std::int64_t model, const py::list& placements, std::int64_t now) {
+          [](Yard& yard, std::int64_t model, const py::list& placements, std::int64_t now,
+             const std::vector<std::int64_t>& shares, const std::vector<std::int64_t>& shares_on) {
             return actions_of([&](Actions& out) {
               return yard.update_placements(model_id(model), to_placements(placements),
-                                            to_tick(now), out);
+                                            to_shares(shares), to_devices(shares_on), to_tick(now),
+                                            out);
             });
           },
-          py::arg("model"), py::arg("placements"), py::arg("now_ns"))
+          py::arg("model"), py::arg("placements"), py::arg("now_ns"),
+          py::arg("shares") = std::vector<std::int64_t>{},
+          py::arg("shares_on") = std::vector<std::int64_t>{})
       .def(
           "remove_model",
           [](Yard& yard, std::int64_t model, std::int64_t now) {
@@ -251,6 +302,14 @@ void register_yard(py::module_& module) {
           },
           py::arg("model"), py::arg("now_ns"), py::arg("actual"))
       .def(
+          "lost",
+          [](Yard& yard, std::int64_t model, std::int64_t now) {
+            return actions_of(
+                [&](Actions& out) { return yard.lost(model_id(model), to_tick(now), out); });
+          },
+          "A resident model's memory is gone without anybody having asked.", py::arg("model"),
+          py::arg("now_ns"))
+      .def(
           "tick",
           [](Yard& yard, std::int64_t now) {
             Actions actions;
@@ -266,10 +325,30 @@ void register_yard(py::module_& module) {
           },
           "A copy of the model's entry, or None if the id is stale.", py::arg("model"))
       .def(
+          "exclusive",
+          [](const Yard& yard, std::int64_t model) {
+            return bindings::to_python(yard.exclusive(model_id(model)));
+          },
+          "What comes back when a model leaves now: without what others hold as well.",
+          py::arg("model"))
+      .def(
+          "held_with_shares",
+          [](const Yard& yard, std::int64_t model) {
+            return bindings::to_python(yard.held_with_shares(model_id(model)));
+          },
+          "All that a model holds.", py::arg("model"))
+      .def(
           "account",
           [](const Yard& yard, std::int64_t device) {
             return yard.account(device_index(yard, device));
           },
+          py::arg("device"))
+      .def(
+          "saved",
+          [](const Yard& yard, std::int64_t device) {
+            return yard.saved(device_index(yard, device)).value;
+          },
+          "Bytes that models would hold more there if each held its shares alone.",
           py::arg("device"))
       .def(
           "device_counters",
@@ -331,6 +410,7 @@ void register_yard(py::module_& module) {
       .def_property_readonly("policy",
                              [](const Yard& yard) { return std::string(yard.policy_name()); })
       .def_property_readonly("model_count", &Yard::model_count)
+      .def_property_readonly("share_count", &Yard::share_count)
       .def_property_readonly("device_count", &Yard::device_count)
       .def_property_readonly("waiting_count", &Yard::waiting_count)
       .def_property_readonly("lease_count", &Yard::lease_count);

@@ -1,3 +1,5 @@
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,6 +18,21 @@ struct Sums {
   std::uint32_t loading{0};
 };
 
+std::optional<Holding> holding_of(State state) {
+  switch (state) {
+    case State::kLoading:
+      return Holding::kLoading;
+    case State::kResident:
+      return Holding::kResident;
+    case State::kDraining:
+      return Holding::kDraining;
+    case State::kUnloading:
+      return Holding::kUnloading;
+    default:
+      return std::nullopt;
+  }
+}
+
 bool holds_bytes(State state) {
   return state == State::kLoading || state == State::kResident || state == State::kDraining ||
          state == State::kUnloading;
@@ -27,6 +44,7 @@ Status Yard::audit() const {
   std::vector<Sums> sums(device_count());
   std::vector<std::uint32_t> leases(entries_.slot_count());
   std::vector<std::uint32_t> waiting(entries_.slot_count());
+  std::map<ShareId, Share> shares;  // As they should be.
 
   for (std::uint32_t i = 0; i < leases_.slot_count(); ++i) {
     const Lease* lease = leases_.at(i);
@@ -73,8 +91,25 @@ Status Yard::audit() const {
     if (entry->removed && (entry->waiting_count > 0 || entry->pinned)) {
       return violated("I6: removed, but waited for or pinned: " + who);
     }
-    if (!holds_bytes(entry->state) && !entry->held.empty()) {
+    if (!holds_bytes(entry->state) && !(entry->held.empty() && entry->held_shares.empty())) {
       return violated("I1: bytes are held by " + who);
+    }
+    if (entry->held_shares.empty() != (entry->held_shares_on == kNoDevice)) {
+      return violated("I9: shares are held nowhere by " + who);
+    }
+    for (const ShareId id : entry->shares) ++shares[id].model_count;
+    for (const ShareId id : entry->held_shares) {
+      ++shares[id].model_count;
+      Holders& holders = shares[id].on(entry->held_shares_on);
+      ++holders.by[static_cast<std::size_t>(*holding_of(entry->state))];
+      if (entry->pinned && (entry->state == State::kLoading || entry->state == State::kResident)) {
+        ++holders.pinned;
+      }
+    }
+    if (entry->state == State::kLoading && entry->held_shares_on != kNoDevice &&
+        entry->held.on(entry->held_shares_on) == Bytes{0}) {
+      ++sums[position(entry->held_shares_on)]
+            .loading;  // The loop below sees bytes of its own only.
     }
     if (entry->state == State::kQueued && entry->waiting_count == 0) {
       return violated("I8: nobody waits for " + who);
@@ -136,6 +171,33 @@ Status Yard::audit() const {
         [&](DeviceIndex d, Bytes bytes) { sums[position(d)].quarantined += bytes; });
   }
   if (in_waiting != waiting_.size()) return violated("I8: the waiting list has a model too many");
+
+  for (std::uint32_t i = 0; i < shares_.slot_count(); ++i) {
+    const Share* share = shares_.at(i);
+    if (share == nullptr) continue;
+    const std::string who = "share " + std::to_string(i);
+    const Share& expected = shares[shares_.id_at(i)];
+    if (share->model_count != expected.model_count) return violated("I9: models of " + who);
+    for (std::size_t d = 0; d < kMaxDevices; ++d) {
+      const Holders& holders = expected.holders[d];
+      if (share->holders[d].by != holders.by || share->holders[d].pinned != holders.pinned) {
+        return violated("I9: holders of " + who);
+      }
+      if (holders.total() == 0) continue;
+      if (holders.of(Holding::kResident) > 0) {
+        sums[d].resident += share->bytes;
+      } else if (holders.of(Holding::kLoading) > 0) {
+        sums[d].reserved += share->bytes;
+      } else {
+        sums[d].draining += share->bytes;
+        if (holders.of(Holding::kDraining) == 0) sums[d].unloading += share->bytes;
+      }
+      if (holders.pinned > 0) sums[d].pinned += share->bytes;
+    }
+  }
+  for (const auto& [id, share] : shares) {
+    if (shares_.find(id) == nullptr) return violated("I9: a model is made of a share there is not");
+  }
 
   for (std::size_t i = 0; i < device_count(); ++i) {
     const Account& account = ledger_.account(static_cast<DeviceIndex>(i));

@@ -34,6 +34,8 @@ std::string_view to_string(Decision decision) {
       return "DEVICE_UNDRAINED";
     case Decision::kQueued:
       return "QUEUED";
+    case Decision::kLost:
+      return "LOST";
   }
   return "?";
 }
@@ -52,6 +54,8 @@ std::string_view to_string(Why why) {
       return "OPERATOR";
     case Why::kRemoved:
       return "REMOVED";
+    case Why::kLost:
+      return "LOST";
   }
   return "?";
 }

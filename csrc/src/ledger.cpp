@@ -86,6 +86,26 @@ void Ledger::reclaim(const Charge& charge) {
   });
 }
 
+void Ledger::shift(DeviceIndex device, Bytes bytes, Kind from, Kind to) {
+  Account& account = accounts_[position(device)];
+  const auto bytes_of = [&](Kind kind) -> Bytes* {
+    switch (kind) {
+      case Kind::kReserved:
+        return &account.reserved;
+      case Kind::kResident:
+        return &account.resident;
+      case Kind::kDraining:
+        return &account.draining;
+      case Kind::kNone:
+        break;
+    }
+    return nullptr;
+  };
+  if (Bytes* less = bytes_of(from)) *less -= bytes;
+  if (Bytes* more = bytes_of(to)) *more += bytes;
+  settle(device);
+}
+
 void Ledger::set_budget(DeviceIndex device, Bytes budget) {
   accounts_[position(device)].budget = budget;
   settle(device);

@@ -13,9 +13,7 @@ namespace modelyard {
 /// keeps, so that nothing is promised twice and no younger model takes what an older one waits for.
 /// Made anew for every pass: there is no state to leak.
 struct Yard::Pass {
-  std::array<Bytes, kMaxDevices> available{};  // Free now.
-  std::array<Bytes, kMaxDevices> unloading{};  // Free soon: nobody uses them any more.
-  std::array<Bytes, kMaxDevices> leaving{};    // Free when their requests have ended.
+  Room room;
   std::array<std::uint32_t, kMaxDevices> channels{};
   std::vector<Resident> idle;
   bool idle_known{false};
@@ -26,19 +24,31 @@ struct Yard::Pass {
     return all;
   }
 
+  // What a load needs of a device, given what older models keep: a share of models that drain is
+  // there for it only if nobody waits for these bytes to come back and no deficit is owed them.
+  [[nodiscard]] Need unclaimed(const Need& need) const {
+    bool there = true;
+    need.later.for_each([&](DeviceIndex d, Bytes later) {
+      there = there && saturating_sub(later, need.now.on(d)) <= room.leaving[position(d)];
+    });
+    return there ? need : Need{.now = need.later, .later = need.later};
+  }
+
   enum class Reach { kNow, kSoon, kLater, kNot };
 
   // When the bytes will be there without another victim.
-  [[nodiscard]] Reach reach(const Charge& need) const {
+  [[nodiscard]] Reach reach(const Need& need) const {
     Reach worst = Reach::kNow;
-    need.for_each([&](DeviceIndex d, Bytes amount) {
+    const Charge most = need.now.max(need.later);
+    most.for_each([&](DeviceIndex d, Bytes) {
       const std::size_t i = position(d);
+      const Bytes soon = room.available[i] + room.unloading[i];
       Reach here = Reach::kNot;
-      if (amount <= available[i]) {
+      if (need.now.on(d) <= room.available[i]) {
         here = Reach::kNow;
-      } else if (amount <= available[i] + unloading[i]) {
+      } else if (need.now.on(d) <= soon) {
         here = Reach::kSoon;
-      } else if (amount <= available[i] + unloading[i] + leaving[i]) {
+      } else if (need.later.on(d) <= soon + room.leaving[i]) {
         here = Reach::kLater;
       }
       worst = std::max(worst, here);
@@ -48,12 +58,12 @@ struct Yard::Pass {
 
   // What is missing when what is free and being unloaded is counted, and, with `leaving`, what
   // leaves when its requests have ended.
-  [[nodiscard]] Charge shortfall(const Charge& need, bool with_leaving) const {
+  [[nodiscard]] Charge shortfall(const Need& need, bool with_leaving) const {
     Charge missing;
-    need.for_each([&](DeviceIndex d, Bytes amount) {
+    (with_leaving ? need.later : need.now).for_each([&](DeviceIndex d, Bytes amount) {
       const std::size_t i = position(d);
-      const Bytes coming = unloading[i] + (with_leaving ? leaving[i] : Bytes{0});
-      missing.set(d, saturating_sub(amount, available[i] + coming));
+      const Bytes coming = room.unloading[i] + (with_leaving ? room.leaving[i] : Bytes{0});
+      missing.set(d, saturating_sub(amount, room.available[i] + coming));
     });
     return missing;
   }
@@ -62,26 +72,33 @@ struct Yard::Pass {
   [[nodiscard]] Bytes room_after(const Charge& need) const {
     Bytes least{kMaxBytes};
     need.for_each([&](DeviceIndex d, Bytes amount) {
-      least = std::min(least, saturating_sub(available[position(d)], amount));
+      least = std::min(least, saturating_sub(room.available[position(d)], amount));
     });
     return least;
   }
 
-  // Counts what victims will give back.
-  void count_on(std::span<const Victim> victims, const Yard& yard) {
-    for (const Victim& victim : victims) {
-      auto& kind = victim.leased ? leaving : unloading;
-      yard.entry_at(victim.entry).held.for_each([&](DeviceIndex d, Bytes b) {
-        kind[position(d)] += b;
-      });
+  // Something was loaded or made to leave: what that changed, this has more or less of.
+  void follow(const Room& before, const Room& after) {
+    for (std::size_t i = 0; i < room.available.size(); ++i) {
+      // A share that was taken over does not come back. If an older model counts on it, what the
+      // younger one had ready for it is the older one's now.
+      const Bytes kept =
+          saturating_sub(before.unloading[i], room.unloading[i] + after.unloading[i]);
+      room.available[i] =
+          saturating_sub(room.available[i] + after.available[i], before.available[i] + kept);
+      room.unloading[i] =
+          saturating_sub(room.unloading[i] + after.unloading[i], before.unloading[i]);
+      room.leaving[i] = saturating_sub(room.leaving[i] + after.leaving[i], before.leaving[i]);
     }
   }
 
   // Keeps the bytes from whoever is looked at later.
-  void claim(const Charge& need) { take(need, {&available, &unloading, &leaving}); }
+  void claim(const Charge& need) { take(need, {&room.available, &room.unloading, &room.leaving}); }
   // The same for one that has to wait for an unload: what is free now it leaves to others as far as
   // it can, since they may use it in the meantime.
-  void claim_later(const Charge& need) { take(need, {&unloading, &available, &leaving}); }
+  void claim_later(const Charge& need) {
+    take(need, {&room.unloading, &room.available, &room.leaving});
+  }
 
   void claim_channels(const Charge& need) {
     need.for_each([&](DeviceIndex d, Bytes) {

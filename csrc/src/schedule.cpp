@@ -51,7 +51,8 @@ std::vector<Resident> Yard::residents(bool with_leased) const {
     if (entry == nullptr || entry->state != State::kResident || entry->pinned) continue;
     const bool leased = entry->lease_count > 0;
     if (leased && !with_leased) continue;
-    found.push_back({i, &entry->held, entry->reload_seconds, leased});
+    found.push_back({i, &entry->held, entry->reload_seconds, leased, entry->held_shares,
+                     entry->held_shares_on});
   }
   return found;
 }
@@ -61,7 +62,9 @@ std::optional<Refuse> Yard::impossible(const Entry& entry) const {
   Refuse best;
   Bytes least_excess{kMaxBytes};
   bool found = false;
-  for (const Charge& placement : entry.placements) {
+  for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
+    // What pinned models hold with it stands in nobody's way but counts once.
+    const Charge placement = needed(entry, p, Present::kPinned);
     Refuse worst;
     Bytes excess{};
     placement.for_each([&](DeviceIndex d, Bytes need) {
@@ -100,7 +103,8 @@ void Yard::fill_holders(Refuse& refusal) const {
   for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
     const Entry* entry = entries_.at(i);
     if (entry == nullptr) continue;
-    const Bytes held = entry->held.on(refusal.device) + entry->quarantined.on(refusal.device);
+    const Bytes held = held_with_shares(entries_.id_at(i)).on(refusal.device) +
+                       entry->quarantined.on(refusal.device);
     if (held <= refusal.holders.back().bytes) continue;
     refusal.holders.back() = Holder{entries_.id_at(i), held};
     for (std::size_t k = refusal.holders.size() - 1; k > 0; --k) {
@@ -110,15 +114,23 @@ void Yard::fill_holders(Refuse& refusal) const {
   }
 }
 
-Yard::Pass Yard::make_pass() const {
-  Pass pass;
+Yard::Room Yard::room() const {
+  Room room;
   for (std::size_t i = 0; i < device_count(); ++i) {
     const Account& account = ledger_.account(static_cast<DeviceIndex>(i));
-    pass.available[i] = account.free();
+    room.available[i] = account.free();
     // What is on its way out repays the deficit first.
     const Bytes leaving = account.draining - unloading_[i];
-    pass.unloading[i] = saturating_sub(unloading_[i], account.deficit);
-    pass.leaving[i] = saturating_sub(leaving, saturating_sub(account.deficit, unloading_[i]));
+    room.unloading[i] = saturating_sub(unloading_[i], account.deficit);
+    room.leaving[i] = saturating_sub(leaving, saturating_sub(account.deficit, unloading_[i]));
+  }
+  return room;
+}
+
+Yard::Pass Yard::make_pass() const {
+  Pass pass;
+  pass.room = room();
+  for (std::size_t i = 0; i < device_count(); ++i) {
     const std::uint32_t channels = options_.load_channels_per_device;
     pass.channels[i] = channels - std::min(channels, loading_[i]);
   }
@@ -145,14 +157,15 @@ void Yard::repay_deficits(Actions& out) {
   }
   if (owed.empty()) return;
   const std::vector<Resident> all = residents(true);
+  Sharing sharing;
+  if (shares_.size() > 0) sharing.table = &shares_;
+  sharing.count_leaving = true;  // Who drains has been taken off what is owed.
   // What nobody can repay (pinned or still loading) must not keep the rest from being repaid.
+  const Charge freed = freed_by_all(all, sharing);
   Charge most;
-  owed.for_each([&](DeviceIndex d, Bytes) {
-    Bytes sum{};
-    for (const Resident& resident : all) sum = saturating_add(sum, resident.held->on(d));
-    most.set(d, std::min(sum, owed.on(d)));
-  });
-  if (std::optional<Plan> plan = plan_eviction(all, most, budgets_, *policy_, request_clock_)) {
+  owed.for_each([&](DeviceIndex d, Bytes b) { most.set(d, std::min(freed.on(d), b)); });
+  if (std::optional<Plan> plan =
+          plan_eviction(all, most, budgets_, *policy_, request_clock_, sharing)) {
     DeviceIndex owing = kNoDevice;
     owed.for_each([&](DeviceIndex d, Bytes) {
       if (owing == kNoDevice) owing = d;
@@ -175,49 +188,57 @@ void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
   std::uint32_t soon = kNone;
   std::uint32_t later = kNone;
   std::uint32_t open = kNone;
+  Bytes most_room{};
   for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
-    const Charge& need = entry.placements[p];
-    if (is_closed(need)) continue;
+    const Charge touched = touching(entry.placements[p], shares_device(entry, p));
+    if (is_closed(touched)) continue;
     if (open == kNone) open = p;
+    const Need need = pass.unclaimed(need_of(entry, p));
+    const bool channels = pass.has_channels(touched);
     switch (pass.reach(need)) {
       case Pass::Reach::kNow:
-        if (!pass.has_channels(need)) {
+        if (!channels) {
           if (soon == kNone) soon = p;
-        } else if (chosen == kNone ||
-                   pass.room_after(need) > pass.room_after(entry.placements[chosen])) {
+        } else if (const Bytes room = pass.room_after(need.now);
+                   chosen == kNone || room > most_room) {
           chosen = p;
+          most_room = room;
         }
         break;
       case Pass::Reach::kSoon:
         if (soon == kNone) soon = p;
         break;
       case Pass::Reach::kLater:
-        if (later == kNone && pass.has_channels(need)) later = p;
+        if (later == kNone && channels) later = p;
         break;
       case Pass::Reach::kNot:
         break;
     }
   }
   if (chosen != kNone) {
-    const Charge need = entry.placements[chosen];
-    const Status reserved = ledger_.reserve(need);
-    if (!reserved) return;  // Cannot be: what a pass calls available is free in the ledger.
-    pass.claim(need);
-    pass.claim_channels(need);
+    // Cannot be that they do not fit: what a pass calls available is free in the ledger.
+    if (!ledger_.fits(needed(entry, chosen, Present::kAny))) return;
+    const Room before = room();
+    if (Status reserved = ledger_.reserve(entry.placements[chosen]); !reserved) return;
     start_load(index, chosen, out);
+    pass.follow(before, room());
+    pass.claim_channels(touching(entry.held, entry.held_shares_on));
     return;
   }
 
   // 2. Keep what is on its way, and the turn to load with it.
+  const auto touched_by = [&](std::uint32_t p) {
+    return touching(entry.placements[p], shares_device(entry, p));
+  };
   if (soon != kNone) {
-    pass.claim_later(entry.placements[soon]);
-    pass.claim_channels(entry.placements[soon]);
+    pass.claim_later(pass.unclaimed(need_of(entry, soon)).now);
+    pass.claim_channels(touched_by(soon));
     return;
   }
   const bool overdue = overdue_at(entry) <= now_;
   // Requests that run may run for long: the bytes are kept, the channel is not.
   if (later != kNone && !overdue) {
-    pass.claim(entry.placements[later]);
+    pass.claim(need_of(entry, later).later);
     return;
   }
 
@@ -226,45 +247,48 @@ void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
     pass.idle = residents(false);
     pass.idle_known = true;
   }
-  Room room = cheapest_room(entry, pass, pass.idle, Count::kUnloading);
-  if (!room.plan && later != kNone) {
-    pass.claim(entry.placements[later]);  // Those who are to leave suffice, once they do.
+  Way way = cheapest_way(entry, pass, pass.idle, Count::kUnloading);
+  if (!way.plan && later != kNone) {
+    pass.claim(need_of(entry, later).later);  // Those who are to leave suffice, once they do.
     return;
   }
-  if (!room.plan) room = cheapest_room(entry, pass, pass.idle, Count::kLeaving);
-  if (!room.plan && overdue) {
-    room = cheapest_room(entry, pass, residents(true), Count::kLeaving);
+  if (!way.plan) way = cheapest_way(entry, pass, pass.idle, Count::kLeaving);
+  if (!way.plan && overdue) {
+    way = cheapest_way(entry, pass, residents(true), Count::kLeaving);
   }
-  if (room.plan) {
-    pass.count_on(room.plan->victims, *this);
-    evict(*room.plan, Cause{.why = Why::kModel, .model = entries_.id_at(index)}, out);
+  if (way.plan) {
+    const Room before = room();
+    evict(*way.plan, Cause{.why = Why::kModel, .model = entries_.id_at(index)}, out);
+    pass.follow(before, room());
     pass.idle_known = false;
-    const Charge& need = entry.placements[room.placement];
-    const bool at_once = std::none_of(room.plan->victims.begin(), room.plan->victims.end(),
+    // Shares may be on their way out with victims.
+    const Need need = pass.unclaimed(need_of(entry, way.placement));
+    const bool at_once = std::none_of(way.plan->victims.begin(), way.plan->victims.end(),
                                       [](const Victim& victim) { return victim.leased; });
-    pass.claim(need);
-    if (at_once) pass.claim_channels(need);
+    pass.claim(at_once ? need.now : need.later);
+    if (at_once) pass.claim_channels(touched_by(way.placement));
     return;
   }
 
   // 4. Nothing can be done for it now. Younger ones may pass, unless it has waited long enough.
   if (overdue && open != kNone) {
-    pass.claim(entry.placements[open]);
-    pass.claim_channels(entry.placements[open]);
+    pass.claim(need_of(entry, open).later);
+    pass.claim_channels(touched_by(open));
   }
 }
 
 // The placement for which making room costs least, when what is on its way back is counted as
 // `count` says. Only placements with a load channel: nobody leaves for a model before it can come.
-Yard::Room Yard::cheapest_room(const Entry& entry, const Pass& pass,
-                               std::span<const Resident> candidates, Count count) const {
-  Room best;
+Yard::Way Yard::cheapest_way(const Entry& entry, const Pass& pass,
+                             std::span<const Resident> candidates, Count count) const {
+  Way best;
   for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
-    const Charge& need = entry.placements[p];
-    if (is_closed(need) || !pass.has_channels(need)) continue;
+    const Charge touched = touching(entry.placements[p], shares_device(entry, p));
+    if (is_closed(touched) || !pass.has_channels(touched)) continue;
+    const bool leaving = count == Count::kLeaving;
     std::optional<Plan> plan =
-        plan_eviction(candidates, pass.shortfall(need, count == Count::kLeaving), budgets_,
-                      *policy_, request_clock_);
+        plan_eviction(candidates, pass.shortfall(pass.unclaimed(need_of(entry, p)), leaving),
+                      budgets_, *policy_, request_clock_, sharing_for(entry, p, leaving));
     if (plan && (!best.plan || plan->cost < best.plan->cost)) {
       best.plan = std::move(plan);
       best.placement = p;
@@ -277,11 +301,12 @@ void Yard::evict(const Plan& plan, const Cause& cause, Actions& out) {
   for (const Victim& victim : plan.victims) {
     Entry& entry = entry_at(victim.entry);
     explain(victim.leased ? Decision::kDrained : Decision::kEvicted, entries_.id_at(victim.entry),
-            cause, victim.score, entry.held.total());
+            cause, victim.score, going_with(entry));
     ++entry.eviction_count;
     ++counters_.eviction_count;
-    entry.held.for_each(
-        [&](DeviceIndex d, Bytes) { ++device_counters_[position(d)].eviction_count; });
+    touching(entry.held, entry.held_shares_on).for_each([&](DeviceIndex d, Bytes) {
+      ++device_counters_[position(d)].eviction_count;
+    });
     start_drain(victim.entry, out);
   }
 }
@@ -293,13 +318,17 @@ std::optional<Plan> Yard::plan_for(ModelId model) const {
     return std::nullopt;
   }
   const Pass pass = make_pass();
-  for (const Charge& need : entry->placements) {
-    if (!is_closed(need) && pass.reach(need) != Pass::Reach::kNot) return std::nullopt;
+  for (std::uint32_t p = 0; p < entry->placements.size(); ++p) {
+    const Charge touched = touching(entry->placements[p], shares_device(*entry, p));
+    if (!is_closed(touched) &&
+        pass.reach(pass.unclaimed(need_of(*entry, p))) != Pass::Reach::kNot) {
+      return std::nullopt;
+    }
   }
   const std::vector<Resident> idle = residents(false);
-  Room room = cheapest_room(*entry, pass, idle, Count::kUnloading);
-  if (!room.plan) room = cheapest_room(*entry, pass, idle, Count::kLeaving);
-  return std::move(room.plan);
+  Way way = cheapest_way(*entry, pass, idle, Count::kUnloading);
+  if (!way.plan) way = cheapest_way(*entry, pass, idle, Count::kLeaving);
+  return std::move(way.plan);
 }
 
 void Yard::wake(Actions& out) {
@@ -327,6 +356,12 @@ void Yard::explain(Decision decision, ModelId model, const Cause& cause, double 
   explanation.device = cause.device;
   explanation.score = score;
   explanation.bytes = bytes;
+  if (const Entry* about = entries_.find(model)) {
+    for (const ShareId id : about->held_shares) {
+      const Share& share = *shares_.find(id);
+      if (others_keep(*about, share)) explanation.shared_bytes += share.bytes;
+    }
+  }
   const Entry* whose = entries_.find(cause.model == ModelId{} ? model : cause.model);
   if (whose != nullptr && whose->waiting_count > 0) {
     explanation.waited = now_ - tickets_.find(whose->oldest)->arrival;

@@ -125,11 +125,14 @@ void Yard::start_load(EntryIndex index, std::uint32_t placement, Actions& out) {
   entry.placement = placement;
   entry.held = entry.placements[placement];
   entry.state = State::kLoading;
-  entry.held.for_each([&](DeviceIndex d, Bytes b) {
+  take_shares(entry, shares_device(entry, placement));
+  if (entry.pinned) {
+    entry.held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] += b; });
+  }
+  touching(entry.held, entry.held_shares_on).for_each([&](DeviceIndex d, Bytes) {
     ++loading_[position(d)];
-    if (entry.pinned) pinned_[position(d)] += b;
   });
-  explain(Decision::kLoadStarted, entries_.id_at(index), Cause{}, 0, entry.held.total());
+  explain(Decision::kLoadStarted, entries_.id_at(index), Cause{}, 0, going_with(entry));
   out.push_back(Load{entries_.id_at(index), placement});
 }
 
@@ -142,9 +145,11 @@ void Yard::stop_load(EntryIndex index, Actions& out) {
 // Gives back the load channels. The reservation is the caller's to settle.
 void Yard::end_load(Entry& entry) {
   entry.stop_sent = false;
-  entry.held.for_each([&](DeviceIndex d, Bytes b) {
+  if (entry.pinned) {
+    entry.held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] -= b; });
+  }
+  touching(entry.held, entry.held_shares_on).for_each([&](DeviceIndex d, Bytes) {
     --loading_[position(d)];
-    if (entry.pinned) pinned_[position(d)] -= b;
   });
 }
 
@@ -153,7 +158,9 @@ void Yard::start_drain(EntryIndex index, Actions& out) {
   ledger_.begin_drain(entry.held);
   if (entry.pinned) {
     entry.held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] -= b; });
+    pin_shares(entry, false);
   }
+  turn_shares(entry, Holding::kResident, Holding::kDraining);
   entry.state = State::kDraining;
   if (entry.lease_count == 0) {
     start_unload(index, out);
@@ -166,7 +173,7 @@ void Yard::start_drain(EntryIndex index, Actions& out) {
 void Yard::send_away(EntryIndex index, const Cause& cause, Actions& out) {
   const Entry& entry = entry_at(index);
   explain(entry.lease_count > 0 ? Decision::kDrained : Decision::kEvicted, entries_.id_at(index),
-          cause, 0, entry.held.total());
+          cause, 0, going_with(entry));
   start_drain(index, out);
 }
 
@@ -174,6 +181,7 @@ void Yard::start_unload(EntryIndex index, Actions& out) {
   Entry& entry = entry_at(index);
   entry.state = State::kUnloading;
   entry.held.for_each([&](DeviceIndex d, Bytes b) { unloading_[position(d)] += b; });
+  turn_shares(entry, Holding::kDraining, Holding::kUnloading);
   out.push_back(Unload{entries_.id_at(index)});
 }
 
@@ -183,7 +191,10 @@ void Yard::come_to_rest(EntryIndex index) {
   leave_waiting(index);
   entry.state = entry.waiting_count > 0 ? State::kQueued : State::kCold;
   join_waiting(index);
-  if (entry.removed && entry.quarantined.empty()) entries_.erase(entries_.id_at(index));
+  if (entry.removed && entry.quarantined.empty()) {
+    unrefer(entry.shares);
+    entries_.erase(entries_.id_at(index));
+  }
 }
 
 void Yard::drain_closed(Actions& out) {
@@ -191,7 +202,7 @@ void Yard::drain_closed(Actions& out) {
   for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
     const Entry* entry = entries_.at(i);
     if (entry == nullptr || entry->state != State::kResident || entry->pinned) continue;
-    const DeviceIndex closed = closed_device(entry->held);
+    const DeviceIndex closed = closed_device(touching(entry->held, entry->held_shares_on));
     if (closed != kNoDevice) {
       send_away(i, Cause{.why = Why::kDeviceClosed, .device = closed}, out);
     }

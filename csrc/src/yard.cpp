@@ -79,6 +79,9 @@ Yard::Yard(YardOptions options, std::unique_ptr<Policy> policy)
 
 Result<ModelId> Yard::add_model(ModelSpec spec) {
   if (Status checked = check_placements(spec.placements); !checked) return checked.error();
+  if (Status checked = check_shares(spec.shares, spec.shares_on, spec.placements); !checked) {
+    return checked.error();
+  }
   if (!std::isfinite(spec.reload_seconds) || spec.reload_seconds <= 0) {
     return Error{ErrorCode::kInvalidArgument, "reload_seconds must be above zero and finite"};
   }
@@ -86,6 +89,8 @@ Result<ModelId> Yard::add_model(ModelSpec spec) {
   Entry entry;
   entry.label = std::move(spec.label);
   entry.placements = std::move(spec.placements);
+  entry.shares = std::move(spec.shares);
+  entry.shares_on = std::move(spec.shares_on);
   entry.reload_seconds = std::max(spec.reload_seconds, kLeastReloadSeconds);
   const Entry* before = nullptr;
   if (spec.replaces) {
@@ -93,6 +98,7 @@ Result<ModelId> Yard::add_model(ModelSpec spec) {
     if (before == nullptr) return stale("the model to be replaced");
     if (before->load_count > 0) entry.reload_seconds = before->reload_seconds;
   }
+  refer(entry.shares);
   const ModelId id = entries_.insert(std::move(entry));
   policy_->on_add(EntryTable::index_of(id));
   if (spec.replaces) {
@@ -101,13 +107,19 @@ Result<ModelId> Yard::add_model(ModelSpec spec) {
   return id;
 }
 
-Status Yard::update_placements(ModelId model, std::vector<Charge> placements, Tick now,
-                               Actions& out) {
+Status Yard::update_placements(ModelId model, std::vector<Charge> placements,
+                               std::vector<ShareId> shares, std::vector<DeviceIndex> shares_on,
+                               Tick now, Actions& out) {
   Entry* entry = live(model);
   if (entry == nullptr) return stale("the model");
   if (Status checked = check_placements(placements); !checked) return checked;
+  if (Status checked = check_shares(shares, shares_on, placements); !checked) return checked;
   begin(now, out);
   entry->placements = std::move(placements);
+  refer(shares);  // First: what it was made of before may be all that keeps one of them.
+  std::swap(entry->shares, shares);
+  unrefer(shares);
+  entry->shares_on = std::move(shares_on);
   entry->placement = kMaxPlacements;  // What it holds belongs to none of these.
   schedule(out);
   finish(out);
@@ -126,6 +138,7 @@ Status Yard::remove_model(ModelId model, Tick now, Actions& out) {
     entry->pinned = false;
     if (entry->state == State::kLoading || entry->state == State::kResident) {
       entry->held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] -= b; });
+      pin_shares(*entry, false);
     }
   }
   entry->removed = true;
@@ -158,9 +171,10 @@ Status Yard::pin(ModelId model, Tick now, Actions& out) {
   if (!entry->pinned) {
     entry->pinned = true;
     entry->leave_after = false;
-    explain(Decision::kPinned, model, Cause{}, 0, entry->held.total());
+    explain(Decision::kPinned, model, Cause{}, 0, going_with(*entry));
     if (entry->state == State::kLoading || entry->state == State::kResident) {
       entry->held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] += b; });
+      pin_shares(*entry, true);
     }
     schedule(out);  // Whoever can no longer fit beside it is told now.
   }
@@ -174,9 +188,10 @@ Status Yard::unpin(ModelId model, Tick now, Actions& out) {
   begin(now, out);
   if (entry->pinned) {
     entry->pinned = false;
-    explain(Decision::kUnpinned, model, Cause{}, 0, entry->held.total());
+    explain(Decision::kUnpinned, model, Cause{}, 0, going_with(*entry));
     if (entry->state == State::kLoading || entry->state == State::kResident) {
       entry->held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] -= b; });
+      pin_shares(*entry, false);
     }
     drain_closed(out);
     schedule(out);
@@ -228,6 +243,48 @@ Status Yard::set_device_closed(DeviceIndex device, bool closed, Tick now, Action
   drain_closed(out);
   schedule(out);
   finish(out);
+  return Done{};
+}
+
+// --- Shares
+
+Result<ShareId> Yard::add_share(Bytes bytes) {
+  if (!is_valid(bytes) || bytes == Bytes{0}) {
+    return Error{ErrorCode::kInvalidArgument, "a share needs bytes, at most 64 TiB"};
+  }
+  Share share;
+  share.bytes = bytes;
+  return shares_.insert(share);
+}
+
+Result<ShareId> Yard::split_share(ShareId id, Bytes part) {
+  const Share* whole = shares_.find(id);
+  if (whole == nullptr) return stale("the share");
+  if (part <= Bytes{0} || part >= whole->bytes) {
+    return Error{ErrorCode::kInvalidArgument, "a part is some of a share and not all of it"};
+  }
+  // The same holders in the same states: no sum over bytes changes.
+  Share cut = *whole;
+  cut.bytes = part;
+  const ShareId added = shares_.insert(cut);
+  shares_.find(id)->bytes -= part;
+  for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
+    Entry* entry = entries_.at(i);
+    if (entry == nullptr) continue;
+    for (std::vector<ShareId>* list : {&entry->shares, &entry->held_shares}) {
+      if (std::find(list->begin(), list->end(), id) != list->end()) list->push_back(added);
+    }
+  }
+  return added;
+}
+
+Status Yard::forget_share(ShareId id) {
+  const Share* share = shares_.find(id);
+  if (share == nullptr) return stale("the share");
+  if (share->model_count > 0) {
+    return Error{ErrorCode::kWrongState, "models are made of the share"};
+  }
+  shares_.erase(id);
   return Done{};
 }
 
@@ -338,6 +395,7 @@ Status Yard::load_done(ModelId model, Tick now, const Charge& actual, Duration t
   if (entry->pinned) {
     actual.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] += b; });
   }
+  turn_shares(*entry, Holding::kLoading, Holding::kResident);
   entry->state = State::kResident;
   entry->failure_count = 0;
 
@@ -348,8 +406,10 @@ Status Yard::load_done(ModelId model, Tick now, const Charge& actual, Duration t
   ++entry->load_count;
   ++counters_.load_count;
   counters_.load_seconds += measured;
-  actual.for_each([&](DeviceIndex d, Bytes) { ++device_counters_[position(d)].load_count; });
-  explain(Decision::kLoadDone, model, Cause{}, measured, actual.total());
+  touching(actual, entry->held_shares_on).for_each([&](DeviceIndex d, Bytes) {
+    ++device_counters_[position(d)].load_count;
+  });
+  explain(Decision::kLoadDone, model, Cause{}, measured, going_with(*entry));
 
   grant_waiting(index, out);
   if (entry->removed || entry->leave_after) {
@@ -369,8 +429,9 @@ Status Yard::load_failed(ModelId model, Tick now, LoadFailure failure, Actions& 
   begin(now, out);
   const EntryIndex index = EntryTable::index_of(model);
   end_load(*entry);
+  explain(Decision::kLoadFailed, model, Cause{}, 0, going_with(*entry));
   ledger_.cancel_reservation(entry->held);
-  explain(Decision::kLoadFailed, model, Cause{}, 0, entry->held.total());
+  drop_shares(*entry, Holding::kLoading, false);
   entry->held = Charge{};
   entry->leave_after = false;
   if (failure == LoadFailure::kCancelled) {
@@ -401,17 +462,19 @@ Status Yard::unload_done(ModelId model, Tick now, const Charge& freed, Actions& 
   Entry* entry = entries_.find(model);
   if (entry == nullptr) return stale("the model");
   if (entry->state != State::kUnloading) return wrong_state(*entry, "unload_done");
-  if (!freed.fits_within(entry->held)) {
+  const Charge exclusive = exclusive_of(*entry);
+  if (!freed.fits_within(exclusive)) {
     return Error{ErrorCode::kInvalidArgument, "more bytes came back than were held"};
   }
   begin(now, out);
   const EntryIndex index = EntryTable::index_of(model);
-  ledger_.finish_drain(entry->held, freed);
+  ledger_.finish_drain(exclusive, freed);
   entry->held.for_each([&](DeviceIndex d, Bytes b) { unloading_[position(d)] -= b; });
-  const Charge missing = entry->held.saturating_minus(freed);
+  explain(Decision::kUnloaded, model, Cause{}, 0, freed.total());
+  drop_shares(*entry, Holding::kUnloading, true);
+  const Charge missing = exclusive.saturating_minus(freed);
   entry->quarantined = entry->quarantined.saturating_plus(missing);
   entry->held = Charge{};
-  explain(Decision::kUnloaded, model, Cause{}, 0, freed.total());
   if (!missing.empty()) {
     explain(Decision::kQuarantined, model, Cause{}, 0, missing.total());
   }
@@ -451,6 +514,20 @@ Status Yard::remeasured(ModelId model, Tick now, const Charge& actual, Actions& 
   }
   entry->held = actual;
   drain_closed(out);
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+Status Yard::lost(ModelId model, Tick now, Actions& out) {
+  const Entry* entry = entries_.find(model);
+  if (entry == nullptr) return stale("the model");
+  if (entry->state != State::kResident && entry->state != State::kDraining) {
+    return wrong_state(*entry, "lost");
+  }
+  begin(now, out);
+  explain(Decision::kLost, model, Cause{.why = Why::kLost}, 0, going_with(*entry));
+  if (entry->state == State::kResident) start_drain(EntryTable::index_of(model), out);
   schedule(out);
   finish(out);
   return Done{};
@@ -503,10 +580,38 @@ Status Yard::check_placements(std::span<const Charge> placements) const {
   return Done{};
 }
 
+Status Yard::check_shares(std::span<const ShareId> shares, std::span<const DeviceIndex> shares_on,
+                          std::span<const Charge> placements) const {
+  const auto invalid = [](const char* text) { return Error{ErrorCode::kInvalidArgument, text}; };
+  for (std::size_t i = 0; i < shares.size(); ++i) {
+    if (shares_.find(shares[i]) == nullptr) return stale("a share");
+    if (std::find(shares.begin(), shares.begin() + static_cast<std::ptrdiff_t>(i), shares[i]) !=
+        shares.begin() + static_cast<std::ptrdiff_t>(i)) {
+      return invalid("a model holds a share once");
+    }
+  }
+  if (!shares_on.empty() && shares_on.size() != placements.size()) {
+    return invalid("where shares are held is said for every placement or for none");
+  }
+  for (std::size_t p = 0; p < shares_on.size(); ++p) {
+    if (shares_on[p] == kNoDevice) continue;
+    if (position(shares_on[p]) >= device_count()) {
+      return invalid("shares are held on a device there is not");
+    }
+    // A sum that had to be cut would seem to fit where it does not.
+    if (!with_bytes_of(shares, placements[p].on(shares_on[p]))) {
+      return invalid("a placement and its shares have more than 64 TiB");
+    }
+  }
+  return Done{};
+}
+
 Status Yard::check_measured(const Entry& entry, const Charge& actual) const {
   bool valid = actual.within(device_count());
-  actual.for_each([&](DeviceIndex d, Bytes b) {
-    valid = valid && checked_add(b, entry.quarantined.on(d)).has_value();
+  touching(actual, entry.held_shares_on).for_each([&](DeviceIndex d, Bytes) {
+    const std::optional<Bytes> own = checked_add(actual.on(d), entry.quarantined.on(d));
+    const bool shares = d == entry.held_shares_on;
+    valid = valid && own && (!shares || with_bytes_of(entry.held_shares, *own));
   });
   if (valid) return Done{};
   return Error{ErrorCode::kInvalidArgument, "a measured charge is out of range"};

@@ -54,8 +54,14 @@ enum class EventKind : std::uint8_t {
   kUnloadDone,
   kReclaimed,
   kRemeasured,
+  kLost,
+  kAddShare,
+  kSplitShare,
+  kForgetShare,
   kTick,
 };
+
+inline constexpr std::uint32_t kEventKinds = static_cast<std::uint32_t>(EventKind::kTick) + 1;
 
 inline std::string_view to_string(EventKind kind) {
   switch (kind) {
@@ -93,6 +99,14 @@ inline std::string_view to_string(EventKind kind) {
       return "reclaimed";
     case EventKind::kRemeasured:
       return "remeasured";
+    case EventKind::kLost:
+      return "lost";
+    case EventKind::kAddShare:
+      return "add_share";
+    case EventKind::kSplitShare:
+      return "split_share";
+    case EventKind::kForgetShare:
+      return "forget_share";
     case EventKind::kTick:
       return "tick";
   }
@@ -106,14 +120,15 @@ struct Event {
   ModelId model{};
   TicketId ticket{};
   LeaseId lease{};
+  ShareId share{};
   DeviceIndex device{};
-  Bytes budget{};
+  Bytes budget{};  ///< Of set_budget; of add_share and split_share the share's bytes.
   bool closed{false};
   Tick deadline{kNever};
   Charge charge{};  ///< Actual, freed, reclaimed or measured bytes.
   Duration took{seconds{1}};
   LoadFailure failure{LoadFailure::kTransient};
-  ModelSpec spec{};  ///< Of add_model; of update_placements the placements only.
+  ModelSpec spec{};  ///< Of add_model; of update_placements the placements and shares only.
 };
 
 /// What a call returned and asked for.
@@ -121,6 +136,7 @@ struct Outcome {
   std::optional<ErrorCode> error;
   std::string message;
   ModelId model{};
+  ShareId share{};
   TicketId ticket{};
   std::optional<LeaseId> lease;
   Actions actions;
@@ -144,7 +160,8 @@ inline Outcome apply(Yard& yard, const Event& event) {
       break;
     }
     case EventKind::kUpdatePlacements:
-      note(yard.update_placements(event.model, event.spec.placements, event.now, out));
+      note(yard.update_placements(event.model, event.spec.placements, event.spec.shares,
+                                  event.spec.shares_on, event.now, out));
       break;
     case EventKind::kRemoveModel:
       note(yard.remove_model(event.model, event.now, out));
@@ -195,6 +212,22 @@ inline Outcome apply(Yard& yard, const Event& event) {
     case EventKind::kRemeasured:
       note(yard.remeasured(event.model, event.now, event.charge, out));
       break;
+    case EventKind::kLost:
+      note(yard.lost(event.model, event.now, out));
+      break;
+    case EventKind::kAddShare: {
+      const auto result = yard.add_share(event.budget);
+      if (note(result)) outcome.share = result.value();
+      break;
+    }
+    case EventKind::kSplitShare: {
+      const auto result = yard.split_share(event.share, event.budget);
+      if (note(result)) outcome.share = result.value();
+      break;
+    }
+    case EventKind::kForgetShare:
+      note(yard.forget_share(event.share));
+      break;
     case EventKind::kTick:
       yard.tick(event.now, out);
       break;
@@ -226,15 +259,35 @@ inline std::string describe(ModelId model) {
   return "m" + std::to_string(raw & 0xffffffffU) + "." + std::to_string(raw >> 32);
 }
 
+inline std::string describe(ShareId share) {
+  const auto raw = static_cast<std::uint64_t>(share);
+  return "s" + std::to_string(raw & 0xffffffffU) + "." + std::to_string(raw >> 32);
+}
+
+/// " and s0.1 s1.1 on 0|-": what a model is made of besides its placements, and where.
+inline std::string describe_shares(const ModelSpec& spec) {
+  if (spec.shares.empty()) return {};
+  std::string text = " and";
+  for (const ShareId share : spec.shares) text.append(" ").append(describe(share));
+  text += " on ";
+  for (const DeviceIndex where : spec.shares_on) {
+    if (text.back() != ' ') text += '|';
+    text += where == kNoDevice ? "-" : std::to_string(position(where));
+  }
+  return text;
+}
+
 inline std::string describe(const Event& event) {
   std::ostringstream text;
   text << event.now.time_since_epoch().count() << "ns " << to_string(event.kind);
   switch (event.kind) {
     case EventKind::kAddModel:
-      text << ' ' << describe(event.spec.placements) << " reload " << event.spec.reload_seconds;
+      text << ' ' << describe(event.spec.placements) << describe_shares(event.spec) << " reload "
+           << event.spec.reload_seconds;
       break;
     case EventKind::kUpdatePlacements:
-      text << ' ' << describe(event.model) << ' ' << describe(event.spec.placements);
+      text << ' ' << describe(event.model) << ' ' << describe(event.spec.placements)
+           << describe_shares(event.spec);
       break;
     case EventKind::kSetBudget:
       text << ' ' << position(event.device) << ' ' << event.budget.value;
@@ -262,6 +315,15 @@ inline std::string describe(const Event& event) {
     case EventKind::kReclaimed:
     case EventKind::kRemeasured:
       text << ' ' << describe(event.model) << ' ' << describe(event.charge);
+      break;
+    case EventKind::kAddShare:
+      text << ' ' << event.budget.value;
+      break;
+    case EventKind::kSplitShare:
+      text << ' ' << describe(event.share) << ' ' << event.budget.value;
+      break;
+    case EventKind::kForgetShare:
+      text << ' ' << describe(event.share);
       break;
     case EventKind::kTick:
       break;

@@ -71,9 +71,18 @@ TEST(Decision, EveryDecisionHasANameOfItsOwn) {
        {Decision::kLoadStarted, Decision::kLoadDone, Decision::kLoadFailed, Decision::kEvicted,
         Decision::kDrained, Decision::kUnloaded, Decision::kQuarantined, Decision::kRefused,
         Decision::kOvershoot, Decision::kBudgetChanged, Decision::kPinned, Decision::kUnpinned,
-        Decision::kDeviceClosed, Decision::kDeviceOpened, Decision::kQueued}) {
+        Decision::kDeviceClosed, Decision::kDeviceOpened, Decision::kQueued, Decision::kLost}) {
     EXPECT_FALSE(to_string(decision).empty());
     EXPECT_TRUE(names.insert(to_string(decision)).second) << to_string(decision);
+  }
+}
+
+TEST(Why, EveryReasonToLeaveHasANameOfItsOwn) {
+  std::set<std::string_view> names;
+  for (const Why why : {Why::kNone, Why::kModel, Why::kBudget, Why::kDeviceClosed, Why::kAsked,
+                        Why::kRemoved, Why::kLost}) {
+    EXPECT_FALSE(to_string(why).empty());
+    EXPECT_TRUE(names.insert(to_string(why)).second) << to_string(why);
   }
 }
 

@@ -92,9 +92,57 @@ class Harness {
   ModelId add(std::string label, std::int64_t bytes, double reload_seconds = 1) {
     return add(std::move(label), charge({{0, bytes}}), reload_seconds);
   }
-  std::optional<ErrorCode> update_placements(ModelId model, std::vector<Charge> placements) {
+  /// A model that is made of shares on device 0 and of `own` bytes there.
+  ModelId add_sharing(std::string label, std::int64_t own, std::vector<ShareId> shares) {
+    return add_sharing(std::move(label), {charge({{0, own}})}, std::move(shares), {device(0)});
+  }
+  ModelId add_sharing(std::string label, std::vector<Charge> placements,
+                      std::vector<ShareId> shares, std::vector<DeviceIndex> shares_on) {
+    ModelSpec spec;
+    spec.label = std::move(label);
+    spec.placements = std::move(placements);
+    spec.shares = std::move(shares);
+    spec.shares_on = std::move(shares_on);
+    return add(std::move(spec));
+  }
+  ModelId add(ModelSpec spec) {
+    Event event = make(EventKind::kAddModel);
+    event.spec = std::move(spec);
+    const Outcome outcome = step(event);
+    EXPECT_FALSE(outcome.error) << outcome.message;
+    labels_[outcome.model] = event.spec.label;
+    return outcome.model;
+  }
+  std::optional<ErrorCode> update_placements(ModelId model, std::vector<Charge> placements,
+                                             std::vector<ShareId> shares = {},
+                                             std::vector<DeviceIndex> shares_on = {}) {
     Event event = make(EventKind::kUpdatePlacements, model);
     event.spec.placements = std::move(placements);
+    event.spec.shares = std::move(shares);
+    event.spec.shares_on = std::move(shares_on);
+    return step(event).error;
+  }
+  ShareId add_share(std::int64_t bytes) {
+    Event event = make(EventKind::kAddShare);
+    event.budget = Bytes{bytes};
+    const Outcome outcome = step(event);
+    EXPECT_FALSE(outcome.error) << outcome.message;
+    return outcome.share;
+  }
+  Outcome try_split_share(ShareId share, std::int64_t part) {
+    Event event = make(EventKind::kSplitShare);
+    event.share = share;
+    event.budget = Bytes{part};
+    return step(event);
+  }
+  ShareId split_share(ShareId share, std::int64_t part) {
+    const Outcome outcome = try_split_share(share, part);
+    EXPECT_FALSE(outcome.error) << outcome.message;
+    return outcome.share;
+  }
+  std::optional<ErrorCode> forget_share(ShareId share) {
+    Event event = make(EventKind::kForgetShare);
+    event.share = share;
     return step(event).error;
   }
   std::optional<ErrorCode> remove(ModelId model) {
@@ -162,7 +210,9 @@ class Harness {
     return step(event).error;
   }
   /// Ends an unload that runs; everything is back.
-  std::optional<ErrorCode> unload_done(ModelId model) { return unload_done(model, held(model)); }
+  std::optional<ErrorCode> unload_done(ModelId model) {
+    return unload_done(model, yard().exclusive(model));
+  }
   std::optional<ErrorCode> unload_done(ModelId model, const Charge& freed) {
     Event event = make(EventKind::kUnloadDone, model);
     event.charge = freed;
@@ -178,6 +228,7 @@ class Harness {
     event.charge = actual;
     return step(event).error;
   }
+  std::optional<ErrorCode> lost(ModelId model) { return step(make(EventKind::kLost, model)).error; }
   /// Ends all unloads, then all loads, until neither runs.
   void finish_io() {
     for (bool any = true; any;) {

@@ -22,6 +22,7 @@ namespace {
 // How often each kind of action was seen, so that a test that never gets anywhere is noticed.
 struct Seen {
   std::map<std::string, std::size_t> actions;
+  std::map<std::string, std::size_t> sharing;
   std::size_t steps{0};
 };
 
@@ -40,6 +41,34 @@ void count(const Outcome& outcome, Seen& seen) {
   }
 }
 
+// What shares an event was about, as it went well.
+void count_sharing(const Event& event, const Outcome& outcome, const Yard& yard, Seen& seen) {
+  if (outcome.error) return;
+  if (event.kind == EventKind::kLost) ++seen.sharing["lost"];
+  if (event.kind == EventKind::kForgetShare) ++seen.sharing["forgotten"];
+  const auto phases = [&](const Share& share) {
+    const Holders& there = share.on(device(0));
+    std::size_t found = 0;
+    for (const std::uint32_t holders : there.by) found += holders > 0 ? 1 : 0;
+    return found;
+  };
+  if (event.kind == EventKind::kSplitShare && yard.share(event.share)->on(device(0)).total() > 0) {
+    ++seen.sharing["split while held"];
+  }
+  for (const Action& action : outcome.actions) {
+    const auto* load = std::get_if<Load>(&action);
+    const Entry* entry = load == nullptr ? nullptr : yard.entry(load->model);
+    if (entry == nullptr) continue;
+    for (const ShareId id : entry->held_shares) {
+      const Share& share = *yard.share(id);
+      if (share.on(entry->held_shares_on).total() > 1) ++seen.sharing["load of what is there"];
+      if (phases(share) > 2) ++seen.sharing["held in three phases"];
+      const Holders& there = share.on(entry->held_shares_on);
+      if (there.total() > there.firm() && there.firm() == 1) ++seen.sharing["taken over"];
+    }
+  }
+}
+
 // One random life of a yard: bursts of events, after each of which faults stop and everybody
 // releases.
 std::optional<std::string> live(std::uint32_t seed, int bursts, int steps, Seen& seen) {
@@ -49,7 +78,10 @@ std::optional<std::string> live(std::uint32_t seed, int bursts, int steps, Seen&
   EventMaker maker(source, 3 + source.below(10));
   for (int burst = 0; burst < bursts; ++burst) {
     for (int step = 0; step < steps && !session.violation(); ++step) {
-      count(session.step(maker.next(session.referee())), seen);
+      const Event event = maker.next(session.referee());
+      const Outcome outcome = session.step(event);
+      count(outcome, seen);
+      count_sharing(event, outcome, session.yard(), seen);
       ++seen.steps;
     }
     session.settle();
@@ -71,6 +103,10 @@ TEST(ModelBased, RandomLivesKeepEveryPromise) {
         "refuse BUDGET_EXHAUSTED", "refuse QUEUE_FULL", "refuse LOAD_FAILED",
         "refuse DEADLINE_IN_QUEUE", "refuse DEADLINE_IN_LOAD", "refuse REMOVED"}) {
     EXPECT_GT(seen.actions[action], 50U) << "the events are too tame: " << action;
+  }
+  for (const char* what : {"lost", "forgotten", "split while held", "load of what is there",
+                           "held in three phases", "taken over"}) {
+    EXPECT_GT(seen.sharing[what], 50U) << "the events are too tame: " << what;
   }
 }
 
@@ -228,6 +264,38 @@ TEST(Referee, CatchesAFactThatTheYardDidNotHear) {
                   if (event.kind != EventKind::kLoadDone || seen.error) return false;
                   event.charge.set(device(0), event.charge.on(device(0)) + Bytes{1});
                   return true;
+                });
+}
+
+TEST(Referee, CatchesAShareOfOtherBytesOrOtherHolders) {
+  expect_caught("a share of one byte more than the yard was told",
+                [](Event& event, Outcome& seen, const Referee&) {
+                  if (event.kind != EventKind::kAddShare || seen.error) return false;
+                  event.budget += Bytes{1};
+                  return true;
+                });
+  expect_caught("a model that is made of less than the yard was told",
+                [](Event& event, Outcome& seen, const Referee&) {
+                  if (event.kind != EventKind::kAddModel || seen.error) return false;
+                  if (event.spec.shares.empty()) return false;
+                  event.spec.shares.pop_back();
+                  return true;
+                });
+  expect_caught("a split that the yard did not hear of",
+                [](Event& event, Outcome& seen, const Referee&) {
+                  if (event.kind != EventKind::kSplitShare || seen.error) return false;
+                  event.budget = Bytes{event.budget.value == 1 ? 2 : event.budget.value - 1};
+                  return true;
+                });
+}
+
+TEST(Referee, CatchesALostModelThatStays) {
+  expect_caught("a lost model that goes on",
+                [](Event& event, Outcome& seen, const Referee& referee) {
+                  if (event.kind != EventKind::kLost || seen.error) return false;
+                  if (referee.models().at(event.model).phase != Referee::Phase::kResident)
+                    return false;
+                  return drop<Drain>(seen.actions) || drop<Unload>(seen.actions);
                 });
 }
 

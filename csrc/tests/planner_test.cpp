@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <deque>
 #include <map>
+#include <memory>
 #include <optional>
 #include <random>
 #include <set>
@@ -319,6 +320,208 @@ TEST(Planner, ThePlanCheckItselfFindsAVictimTooMany) {
   greedy.victims = {Victim{.entry = 0, .score = 1, .leased = false},
                     Victim{.entry = 1, .score = 2, .leased = false}};
   EXPECT_EQ(needless(greedy, yard, charge({{0, 40}})), EntryIndex{0});
+}
+
+// --- Shares, against a brute force over all sets of victims -------------------------------------
+
+// Models on two devices that hold shares with each other and with models that nobody asks: on one
+// device pinned ones that stay, or ones that drain.
+struct SharingDraw {
+  std::deque<Charge> charges;
+  std::deque<std::vector<ShareId>> lists;
+  std::vector<Resident> residents;
+  std::vector<ShareId> ids;
+  ShareTable table;
+  std::map<EntryIndex, double> scores;
+  std::vector<ShareId> wanted;
+  Sharing sharing;
+  Charge shortfall;
+};
+
+std::unique_ptr<SharingDraw> draw_sharing(std::uint32_t seed) {
+  std::mt19937 random(seed);
+  const auto below = [&](std::uint32_t n) { return static_cast<std::uint32_t>(random() % n); };
+  auto made = std::make_unique<SharingDraw>();
+  const std::uint32_t shares = 1 + below(4);
+  for (std::uint32_t i = 0; i < shares; ++i) {
+    Share share;
+    share.bytes = Bytes{1 + below(below(3) == 0 ? 3 : 30)};
+    made->ids.push_back(made->table.insert(share));
+  }
+  const auto hold = [&](ShareId id, DeviceIndex on, Holding holding) {
+    ++made->table.find(id)->on(on).by[static_cast<std::size_t>(holding)];
+  };
+  const std::uint32_t count = 1 + below(6);
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const DeviceIndex on = device(below(4) == 0 ? 1 : 0);
+    std::vector<ShareId> list;
+    for (const ShareId id : made->ids) {
+      if (below(2) == 0) list.push_back(id);
+    }
+    for (const ShareId id : list) hold(id, on, Holding::kResident);
+    Charge own;
+    if (below(3) != 0) own.set(device(below(2)), Bytes{below(25)});
+    made->charges.push_back(own);
+    made->lists.push_back(list);
+    made->residents.push_back(Resident{.entry = i,
+                                       .held = &made->charges.back(),
+                                       .reload_seconds = 1,
+                                       .leased = below(3) == 0,
+                                       .shares = made->lists.back(),
+                                       .shares_on = list.empty() ? kNoDevice : on});
+    made->scores[i] = static_cast<double>(1 + below(50));
+  }
+  for (const ShareId id : made->ids) {  // Others that hold it and are no candidates.
+    if (below(6) == 0) hold(id, device(0), Holding::kResident);
+    if (below(6) == 0) hold(id, device(0), Holding::kLoading);
+    if (below(4) == 0) hold(id, device(0), Holding::kDraining);
+    if (below(4) == 0) hold(id, device(0), Holding::kUnloading);
+    if (below(4) == 0) made->wanted.push_back(id);
+  }
+  made->sharing.table = &made->table;
+  made->sharing.wanted = made->wanted;
+  made->sharing.wanted_on = below(4) == 0 ? kNoDevice : device(below(4) == 0 ? 1 : 0);
+  made->sharing.count_leaving = below(2) == 0;
+  for (std::uint32_t i = 0; i < 2; ++i) {
+    if (below(4) != 0) made->shortfall.set(device(i), Bytes{below(60)});
+  }
+  return made;
+}
+
+// What a set of victims gives back, from the header's words: their own bytes, and each share of
+// which no holder stays that is not among them, unless the waiting model is made of it.
+Charge freed_by(const SharingDraw& given, const std::set<EntryIndex>& victims) {
+  Charge freed;
+  for (const EntryIndex entry : victims) freed = sum(freed, given.charges[entry]);
+  for (const ShareId id : given.ids) {
+    const Share& share = *given.table.find(id);
+    for (const DeviceIndex on : {device(0), device(1)}) {
+      std::uint32_t left = share.on(on).of(Holding::kLoading) + share.on(on).of(Holding::kResident);
+      if (!given.sharing.count_leaving) left += share.on(on).of(Holding::kDraining);
+      std::uint32_t taken = 0;
+      for (const EntryIndex entry : victims) {
+        const Resident& each = given.residents[entry];
+        const auto& held = given.lists[entry];
+        if (each.shares_on == on && std::find(held.begin(), held.end(), id) != held.end()) ++taken;
+      }
+      const bool wanted =
+          given.sharing.wanted_on == on &&
+          std::find(given.wanted.begin(), given.wanted.end(), id) != given.wanted.end();
+      if (taken > 0 && taken == left && !wanted) freed = sum(freed, Charge(on, share.bytes));
+    }
+  }
+  return freed;
+}
+
+std::optional<Plan> plan_of(const SharingDraw& given) {
+  const std::vector<Bytes> budgets{Bytes{100}, Bytes{100}};
+  const FixedPolicy policy(given.scores);
+  return plan_eviction(given.residents, given.shortfall, budgets, policy, 0, given.sharing);
+}
+
+std::set<EntryIndex> all_of(const SharingDraw& given, bool with_leased) {
+  std::set<EntryIndex> all;
+  for (const Resident& each : given.residents) {
+    if (with_leased || !each.leased) all.insert(each.entry);
+  }
+  return all;
+}
+
+TEST(Planner, PlansOverSharesAreCompleteMinimalAndSpareModelsInUse) {
+  std::size_t plans_with_shares = 0;
+  std::size_t none = 0;
+  for (std::uint32_t seed = 1; seed <= 20000; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    const std::unique_ptr<SharingDraw> given = draw_sharing(seed);
+    const auto covers = [&](const std::set<EntryIndex>& victims) {
+      return given->shortfall.fits_within(freed_by(*given, victims));
+    };
+    const auto plan = plan_of(*given);
+    ASSERT_EQ(plan.has_value(), covers(all_of(*given, true)));
+    if (!plan) {
+      ++none;
+      continue;
+    }
+    std::vector<EntryIndex> victims;
+    double cost = 0;
+    Charge own;
+    bool any_leased = false;
+    for (const Victim& victim : plan->victims) {
+      victims.push_back(victim.entry);
+      cost += victim.score;
+      own = sum(own, given->charges[victim.entry]);
+      any_leased = any_leased || victim.leased;
+      ASSERT_EQ(victim.leased, given->residents[victim.entry].leased);
+    }
+    ASSERT_EQ(std::set(victims.begin(), victims.end()).size(), victims.size());
+    ASSERT_DOUBLE_EQ(plan->cost, cost);
+    for (std::uint32_t mask = 0; mask < (1U << victims.size()); ++mask) {
+      std::set<EntryIndex> subset;
+      for (std::size_t i = 0; i < victims.size(); ++i) {
+        if ((mask >> i & 1U) != 0) subset.insert(victims[i]);
+      }
+      ASSERT_EQ(covers(subset), subset.size() == victims.size()) << "subset " << mask;
+    }
+    if (covers(all_of(*given, false))) {
+      ASSERT_FALSE(any_leased);
+    }
+    plans_with_shares += given->shortfall.fits_within(own) ? 0 : 1;
+  }
+  EXPECT_GT(plans_with_shares, 1000U) << "too few plans count on a share";
+  EXPECT_GT(none, 1000U);
+}
+
+TEST(Planner, WhatAllGiveBackCountsSharesOfWhichNobodyStays) {
+  for (std::uint32_t seed = 1; seed <= 5000; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    const std::unique_ptr<SharingDraw> given = draw_sharing(seed);
+    ASSERT_EQ(freed_by_all(given->residents, given->sharing),
+              freed_by(*given, all_of(*given, true)));
+  }
+}
+
+TEST(Planner, AShareOfFewerBytesThanHoldersStillCounts) {
+  ShareTable table;
+  Share share;
+  share.bytes = Bytes{1};
+  share.on(device(0)).by[static_cast<std::size_t>(Holding::kResident)] = 2;
+  const std::vector<ShareId> list{table.insert(share)};
+  const Charge nothing;
+  const std::vector<Bytes> budgets{Bytes{100}};
+  std::vector<Resident> residents;
+  for (const EntryIndex entry : {0U, 1U}) {
+    residents.push_back(Resident{.entry = entry,
+                                 .held = &nothing,
+                                 .reload_seconds = 1,
+                                 .leased = false,
+                                 .shares = list,
+                                 .shares_on = device(0)});
+  }
+  const Sharing sharing{.table = &table};
+  const FixedPolicy policy({{0, 1.0}, {1, 2.0}});
+  const auto plan = plan_eviction(residents, charge({{0, 1}}), budgets, policy, 0, sharing);
+  EXPECT_EQ(chosen(plan), (Entries{0, 1}));
+}
+
+TEST(Planner, AShareWeighsItsPart) {
+  ShareTable table;
+  Share share;
+  share.bytes = Bytes{60};
+  share.on(device(0)).by[static_cast<std::size_t>(Holding::kResident)] = 3;
+  const std::vector<ShareId> list{table.insert(share)};
+  const Charge own = charge({{0, 10}});
+  const std::vector<Bytes> budgets{Bytes{100}};
+  const std::vector<Resident> residents{Resident{.entry = 0,
+                                                 .held = &own,
+                                                 .reload_seconds = 1,
+                                                 .leased = false,
+                                                 .shares = list,
+                                                 .shares_on = device(0)}};
+  const Sharing sharing{.table = &table};
+  const FixedPolicy policy({{0, 1.0}});
+  EXPECT_TRUE(plan_eviction(residents, charge({{0, 10}}), budgets, policy, 0, sharing));
+  EXPECT_DOUBLE_EQ(policy.weights.at(0), 0.3);  // 10 and a third of 60, of 100.
+  EXPECT_FALSE(plan_eviction(residents, charge({{0, 11}}), budgets, policy, 0, sharing));
 }
 
 TEST(Planner, LooksWithoutTouching) {

@@ -78,7 +78,7 @@ class EventMaker {
     Event event;
     pass_time(referee);
     event.now = now_;
-    const std::uint32_t draw = source_.below(100);
+    const std::uint32_t draw = source_.below(108);
     if (referee.models().empty() || draw < 3) return add(event, referee);
     if (draw < 30) return request(event, referee);
     if (draw < 38) return of(event, EventKind::kTryAcquire, any_model(referee));
@@ -95,7 +95,11 @@ class EventMaker {
     if (draw < 95) return update(event, referee);
     if (draw < 97) return remeasure(event, referee);
     if (draw < 98) return reclaim(event, referee);
-    return nonsense(event, referee);
+    if (draw < 100) return nonsense(event, referee);
+    if (draw < 102) return add_share(event, referee);
+    if (draw < 104) return split_share(event, referee);
+    if (draw < 105) return forget_share(event, referee);
+    return lose(event, referee);
   }
 
  private:
@@ -143,6 +147,21 @@ class EventMaker {
     }
     return drawn;
   }
+  // Often some of the shares there are, on one device for each placement. Own bytes are then few,
+  // or none: a fine-tune, or the same model once more.
+  void draw_shares(ModelSpec& spec, const Referee& referee) {
+    if (referee.shares().empty() || source_.below(3) == 0) return;
+    for (const auto& [id, share] : referee.shares()) {
+      if (source_.below(2) == 0) spec.shares.push_back(id);
+    }
+    if (source_.below(12) == 0) return;
+    const auto devices = static_cast<std::uint32_t>(referee.device_count());
+    for (Charge& placement : spec.placements) {
+      const DeviceIndex on = device(source_.below(2) == 0 ? 0 : source_.below(devices));
+      spec.shares_on.push_back(source_.below(6) == 0 ? kNoDevice : on);
+      if (source_.below(3) != 0) placement = Charge(on, Bytes{source_.below(3) * 7});
+    }
+  }
   [[nodiscard]] std::vector<Charge> draw_placements(const Referee& referee) {
     std::vector<Charge> drawn;
     const std::uint32_t count = source_.below(3) == 0 ? 1 + source_.below(3) : 1;
@@ -176,6 +195,10 @@ class EventMaker {
     event.kind = EventKind::kAddModel;
     event.spec.placements = draw_placements(referee);
     event.spec.reload_seconds = 0.1 * (1 + source_.below(100));
+    draw_shares(event.spec, referee);
+    if (!referee.models().empty() && source_.below(4) == 0) {
+      event.spec.replaces = any_model(referee);
+    }
     return event;
   }
   [[nodiscard]] Event request(Event event, const Referee& referee) {
@@ -205,7 +228,7 @@ class EventMaker {
     const Referee::Model& model = referee.models().at(event.model);
     if (model.phase == Phase::kUnloading) {
       event.kind = EventKind::kUnloadDone;
-      event.charge = part_of(model.held);
+      event.charge = part_of(referee.exclusive(event.model));
     } else if (source_.below(6) == 0 || model.stopping) {
       event.kind = EventKind::kLoadFailed;
       event.failure = static_cast<LoadFailure>(model.stopping ? 2 : source_.below(3));
@@ -231,6 +254,40 @@ class EventMaker {
   [[nodiscard]] Event update(Event event, const Referee& referee) {
     event = of(event, EventKind::kUpdatePlacements, any_model(referee));
     event.spec.placements = draw_placements(referee);
+    draw_shares(event.spec, referee);
+    return event;
+  }
+  [[nodiscard]] Event add_share(Event event, const Referee& referee) {
+    if (referee.shares().size() >= kMostShares) return split_share(event, referee);
+    event.kind = EventKind::kAddShare;
+    // Some have fewer bytes than holders.
+    event.budget = Bytes{1 + (source_.below(4) == 0 ? source_.below(3) : source_.below(45))};
+    return event;
+  }
+  [[nodiscard]] Event split_share(Event event, const Referee& referee) {
+    if (referee.shares().empty() || referee.shares().size() >= kMostShares) {
+      return end_io(event, referee);
+    }
+    event.kind = EventKind::kSplitShare;
+    const auto share = pick(referee.shares());
+    event.share = share->first;
+    event.budget = Bytes{source_.below(static_cast<std::uint32_t>(share->second.bytes) + 1)};
+    return event;
+  }
+  [[nodiscard]] Event forget_share(Event event, const Referee& referee) {
+    if (referee.shares().empty()) return end_io(event, referee);
+    event.kind = EventKind::kForgetShare;
+    event.share = pick(referee.shares())->first;
+    return event;
+  }
+  // Mostly of a model that can be lost.
+  [[nodiscard]] Event lose(Event event, const Referee& referee) {
+    event = of(event, EventKind::kLost, any_model(referee));
+    const bool pinned = source_.below(3) == 0;
+    for (const auto& [id, model] : referee.models()) {
+      const bool there = model.phase == Phase::kResident || model.phase == Phase::kDraining;
+      if (there && model.pinned == pinned && source_.below(2) == 0) event.model = id;
+    }
     return event;
   }
   [[nodiscard]] Event remeasure(Event event, const Referee& referee) {
@@ -249,7 +306,7 @@ class EventMaker {
   }
   // Events that a broken shell might send. The referee knows which of them are errors.
   [[nodiscard]] Event nonsense(Event event, const Referee& referee) {
-    event = of(event, static_cast<EventKind>(source_.below(18)), any_model(referee));
+    event = of(event, static_cast<EventKind>(source_.below(kEventKinds)), any_model(referee));
     if (source_.below(3) == 0) {
       const auto raw = static_cast<std::uint64_t>(event.model);
       event.model = static_cast<ModelId>(raw ^ (std::uint64_t{1 + source_.below(3)} << 32));
@@ -262,8 +319,20 @@ class EventMaker {
     event.charge.set(device(source_.below(kMaxDevices)), Bytes{source_.below(200)});
     if (source_.below(2) == 0) event.spec.placements = {event.charge};
     event.spec.reload_seconds = static_cast<double>(source_.below(3)) - 1;
+    event.share = static_cast<ShareId>(std::uint64_t{source_.below(4)} << 32 | source_.below(8));
+    for (std::uint32_t i = source_.below(4); i > 0; --i) {
+      if (referee.shares().empty() || source_.below(4) == 0)
+        event.spec.shares.push_back(event.share);
+      if (!referee.shares().empty()) event.spec.shares.push_back(pick(referee.shares())->first);
+    }
+    for (std::uint32_t i = source_.below(3); i > 0; --i) {
+      event.spec.shares_on.push_back(source_.below(3) == 0 ? kNoDevice : device(source_.below(20)));
+    }
+    if (source_.below(3) == 0) event.spec.replaces = event.model;
     return event;
   }
+
+  static constexpr std::size_t kMostShares = 6;
 
   Source& source_;
   std::uint32_t most_models_;

@@ -12,6 +12,7 @@
 #include <variant>
 #include <vector>
 
+#include "books.hpp"
 #include "event.hpp"
 #include "modelyard/yard.hpp"
 
@@ -26,51 +27,37 @@ namespace modelyard::test {
 ///   oldest first (I6);
 ///   - used <= budget + deficit on every device, and a load never makes or widens a deficit (I2);
 ///   - who waits is QUEUED, LOADING or on its way out, and never RESIDENT (I4, I8);
-///   - victims of the only waiting model are a complete and minimal set (I7);
+///   - victims of the only waiting model are a complete and minimal set (I7), where a share comes
+///   back with the last of its holders only;
+///   - a share is charged once, as what its liveliest holder is, and gone with its last model (I9);
+///   - a deficit is being repaid by whoever can repay it;
+///   - a model whose memory is lost leaves, also a pinned one;
 ///   - the only waiting model is not left waiting while it fits, or while idle models could make
 ///   room;
 ///   - refusals have the cause they name, back-off grows within its bounds, deadlines are kept,
 ///   wakes are asked for;
 ///   - errors change nothing, and are given exactly where the contract says.
 /// It knows nothing of policies and does not predict who is chosen.
-class Referee {
+class Referee : private Books {
  public:
-  enum class Phase : std::uint8_t { kAway, kLoading, kResident, kDraining, kUnloading };
-
-  struct Model {
-    std::vector<Charge> placements;
-    std::optional<std::uint32_t>
-        in_use;  ///< The placement it was loaded by, unless replaced since.
-    Phase phase{Phase::kAway};
-    Charge held;
-    Charge quarantined;
-    bool pinned{false};
-    bool removed{false};
-    bool stopping{false};  ///< CancelLoad was sent for the load that runs.
-    std::set<LeaseId> leases;
-    std::deque<TicketId> waiting;
-    std::uint32_t failures{0};
-    Tick retry_at{};
-    Duration backoff{};
-  };
-
+  using Books::Model;
+  using Books::Phase;
   using Verdict = std::optional<std::string>;
 
   explicit Referee(YardOptions options)
-      : options_(std::move(options)),
-        budgets_(options_.budgets),
-        closed_(options_.budgets.size(), false),
-        deficits_(options_.budgets.size()) {}
+      : Books(options.budgets), options_(std::move(options)), deficits_(options_.budgets.size()) {}
 
   // What it believes; random events are made from this, never from the yard.
-  [[nodiscard]] const std::map<ModelId, Model>& models() const { return models_; }
+  using Books::budget;
+  using Books::closed;
+  using Books::device_count;
+  using Books::exclusive;
+  using Books::models;
+  using Books::shares;
   [[nodiscard]] const std::map<TicketId, std::pair<ModelId, Tick>>& tickets() const {
     return tickets_;
   }
   [[nodiscard]] const std::map<LeaseId, ModelId>& leases() const { return leases_; }
-  [[nodiscard]] std::size_t device_count() const { return budgets_.size(); }
-  [[nodiscard]] bool closed(std::size_t at) const { return closed_[at]; }
-  [[nodiscard]] Bytes budget(std::size_t at) const { return budgets_[at]; }
   [[nodiscard]] Tick now() const { return now_; }
   [[nodiscard]] Tick wake_at() const { return wake_at_; }
   [[nodiscard]] const YardOptions& options() const { return options_; }
@@ -85,8 +72,7 @@ class Referee {
     if (outcome.error) {
       if (!outcome.actions.empty()) return "a call that failed asked for something";
     } else {
-      // add_model is told no time.
-      if (event.kind != EventKind::kAddModel) now_ = std::max(now_, event.now);
+      if (is_told_the_time(event.kind)) now_ = std::max(now_, event.now);
       if (Verdict verdict = believe(event, outcome)) return verdict;
     }
     bool loaded = false;
@@ -95,8 +81,10 @@ class Referee {
       if (Verdict verdict = obey(event, action, yard)) return describe(action) + ": " + *verdict;
     }
     forget_what_is_gone();
+    if (Verdict verdict = check_lost(event, outcome)) return verdict;
     if (Verdict verdict = compare(yard)) return verdict;
     if (Verdict verdict = check_deficits(event, deficits_before)) return verdict;
+    if (Verdict verdict = check_repayment()) return verdict;
     if (Verdict verdict = check_times(event)) return verdict;
     if (Verdict verdict = check_no_hopeless_waiter()) return verdict;
     if (Verdict verdict = check_progress()) return verdict;
@@ -116,6 +104,11 @@ class Referee {
     return text;
   }
 
+  [[nodiscard]] static bool is_told_the_time(EventKind kind) {
+    return kind != EventKind::kAddModel && kind != EventKind::kAddShare &&
+           kind != EventKind::kSplitShare && kind != EventKind::kForgetShare;
+  }
+
   [[nodiscard]] bool valid(const Charge& amounts) const {
     bool good = amounts.within(budgets_.size());
     amounts.for_each([&](DeviceIndex, Bytes bytes) { good = good && is_valid(bytes); });
@@ -128,7 +121,37 @@ class Referee {
                        [&](const Charge& each) { return valid(each); });
   }
 
-  // Which error the contract asks for; nullopt for success.
+  // What is wrong with the shares a model is said to be made of.
+  [[nodiscard]] std::set<ErrorCode> share_errors(const ModelSpec& spec) const {
+    std::set<ErrorCode> wrong;
+    const auto known = [&](ShareId share) { return shares_.contains(share); };
+    const auto exists = [&](DeviceIndex on) {
+      return on == kNoDevice || position(on) < budgets_.size();
+    };
+    const std::set<ShareId> distinct(spec.shares.begin(), spec.shares.end());
+    if (!std::all_of(distinct.begin(), distinct.end(), known)) wrong.insert(ErrorCode::kStaleId);
+    if (distinct.size() != spec.shares.size() ||
+        (!spec.shares_on.empty() && spec.shares_on.size() != spec.placements.size()) ||
+        !std::all_of(spec.shares_on.begin(), spec.shares_on.end(), exists)) {
+      wrong.insert(ErrorCode::kInvalidArgument);
+    }
+    return wrong;
+  }
+
+  // The errors the contract allows, where several things are wrong at once; none for success.
+  [[nodiscard]] std::set<ErrorCode> expected_errors(const Event& event) const {
+    std::set<ErrorCode> expected;
+    if (const std::optional<ErrorCode> error = expected_error(event)) expected.insert(*error);
+    const auto found = models_.find(event.model);
+    const bool known = found != models_.end() && !found->second.removed;
+    if (event.kind == EventKind::kAddModel ||
+        (event.kind == EventKind::kUpdatePlacements && known)) {
+      expected.merge(share_errors(event.spec));
+    }
+    return expected;
+  }
+
+  // Which error the contract asks for, shares of a model aside; nullopt for success.
   [[nodiscard]] std::optional<ErrorCode> expected_error(const Event& event) const {
     const auto found = models_.find(event.model);
     const Model* model = found == models_.end() ? nullptr : &found->second;
@@ -139,6 +162,10 @@ class Referee {
         if (!valid(event.spec.placements)) return ErrorCode::kInvalidArgument;
         if (!(event.spec.reload_seconds > 0) || !std::isfinite(event.spec.reload_seconds)) {
           return ErrorCode::kInvalidArgument;
+        }
+        if (event.spec.replaces) {
+          const auto old = models_.find(*event.spec.replaces);
+          if (old == models_.end() || old->second.removed) return ErrorCode::kStaleId;
         }
         return std::nullopt;
       case EventKind::kUpdatePlacements:
@@ -182,7 +209,7 @@ class Referee {
       case EventKind::kUnloadDone:
         if (model == nullptr) return ErrorCode::kStaleId;
         if (!in(Phase::kUnloading)) return ErrorCode::kWrongState;
-        if (!valid(event.charge) || !event.charge.fits_within(model->held)) {
+        if (!valid(event.charge) || !event.charge.fits_within(exclusive(event.model))) {
           return ErrorCode::kInvalidArgument;
         }
         return std::nullopt;
@@ -198,6 +225,25 @@ class Referee {
         if (!in(Phase::kResident) && !in(Phase::kDraining)) return ErrorCode::kWrongState;
         if (!valid(event.charge)) return ErrorCode::kInvalidArgument;
         return std::nullopt;
+      case EventKind::kLost:
+        // The same: who holds it has died, removed or not.
+        if (model == nullptr) return ErrorCode::kStaleId;
+        if (!in(Phase::kResident) && !in(Phase::kDraining)) return ErrorCode::kWrongState;
+        return std::nullopt;
+      case EventKind::kAddShare:
+        if (!is_valid(event.budget) || event.budget == Bytes{0}) return ErrorCode::kInvalidArgument;
+        return std::nullopt;
+      case EventKind::kSplitShare: {
+        const auto share = shares_.find(event.share);
+        if (share == shares_.end()) return ErrorCode::kStaleId;
+        const std::int64_t part = event.budget.value;
+        if (part <= 0 || part >= share->second.bytes) return ErrorCode::kInvalidArgument;
+        return std::nullopt;
+      }
+      case EventKind::kForgetShare:
+        if (!shares_.contains(event.share)) return ErrorCode::kStaleId;
+        if (models_made_of(event.share) > 0) return ErrorCode::kWrongState;
+        return std::nullopt;
       case EventKind::kTick:
         return std::nullopt;
     }
@@ -205,12 +251,13 @@ class Referee {
   }
 
   [[nodiscard]] Verdict judge_result(const Event& event, const Outcome& outcome) const {
-    const std::optional<ErrorCode> expected = expected_error(event);
-    if (expected == outcome.error) return std::nullopt;
+    const std::set<ErrorCode> expected = expected_errors(event);
+    if (outcome.error ? expected.contains(*outcome.error) : expected.empty()) return std::nullopt;
     if (!outcome.error) return "the call succeeded where it should have failed";
-    if (!expected) return "the call failed: " + outcome.message;
+    if (expected.empty()) return "the call failed: " + outcome.message;
     return "the call failed with error " + std::to_string(static_cast<int>(*outcome.error)) +
-           " instead of " + std::to_string(static_cast<int>(*expected)) + ": " + outcome.message;
+           " instead of " + std::to_string(static_cast<int>(*expected.begin())) + ": " +
+           outcome.message;
   }
 
   // The event's own facts.
@@ -219,14 +266,27 @@ class Referee {
       case EventKind::kAddModel: {
         if (models_.contains(outcome.model)) return "an id was given out twice";
         if (!fresh(static_cast<std::uint64_t>(outcome.model))) return "not an id";
-        Model model;
-        model.placements = event.spec.placements;
-        models_.emplace(outcome.model, std::move(model));
+        make_of(event.spec, models_[outcome.model]);
         break;
       }
       case EventKind::kUpdatePlacements:
-        models_.at(event.model).placements = event.spec.placements;
+        make_of(event.spec, models_.at(event.model));
         models_.at(event.model).in_use.reset();
+        break;
+      case EventKind::kAddShare:
+        if (!fresh(static_cast<std::uint64_t>(outcome.share)) || shares_.contains(outcome.share)) {
+          return "a share needs an id of its own";
+        }
+        shares_[outcome.share].bytes = event.budget.value;
+        break;
+      case EventKind::kSplitShare:
+        if (!fresh(static_cast<std::uint64_t>(outcome.share)) || shares_.contains(outcome.share)) {
+          return "a share needs an id of its own";
+        }
+        split(event.share, outcome.share, event.budget.value);
+        break;
+      case EventKind::kForgetShare:
+        shares_.erase(event.share);
         break;
       case EventKind::kRemoveModel:
         models_.at(event.model).removed = true;
@@ -279,16 +339,15 @@ class Referee {
       }
       case EventKind::kLoadFailed: {
         Model& model = models_.at(event.model);
-        model.phase = Phase::kAway;
-        model.held = Charge{};
+        let_go(model);
         model.stopping = false;
         break;
       }
       case EventKind::kUnloadDone: {
         Model& model = models_.at(event.model);
-        model.phase = Phase::kAway;
-        model.quarantined = sum(model.quarantined, model.held.saturating_minus(event.charge));
-        model.held = Charge{};
+        const Charge missing = exclusive(event.model).saturating_minus(event.charge);
+        model.quarantined = sum(model.quarantined, missing);
+        let_go(model);
         break;
       }
       case EventKind::kReclaimed: {
@@ -303,10 +362,36 @@ class Referee {
       case EventKind::kTick:
         if (now_ >= wake_at_) wake_at_ = kNever;
         break;
+      case EventKind::kLost:
       case EventKind::kUnload:
         break;
     }
     return std::nullopt;
+  }
+
+  void make_of(const ModelSpec& spec, Model& model) {
+    model.placements = spec.placements;
+    model.shares = spec.shares;
+    model.shares_on = spec.shares_on;
+    for (const ShareId share : spec.shares) shares_.at(share).was_used = true;
+  }
+
+  // Whoever is made of the whole, or holds it, is made of both or holds both.
+  void split(ShareId whole, ShareId part, std::int64_t bytes) {
+    shares_[part] = SharedBytes{.bytes = bytes, .was_used = shares_.at(whole).was_used};
+    shares_.at(whole).bytes -= bytes;
+    for (auto& [id, model] : models_) {
+      for (auto* list : {&model.shares, &model.held_shares}) {
+        if (std::find(list->begin(), list->end(), whole) != list->end()) list->push_back(part);
+      }
+    }
+  }
+
+  static void let_go(Model& model) {
+    model.phase = Phase::kAway;
+    model.held = Charge{};
+    model.held_shares.clear();
+    model.held_shares_on = kNoDevice;
   }
 
   // What the yard asks for, checked against the state it is asked in.
@@ -328,6 +413,10 @@ class Referee {
       return std::nullopt;
     }
     if (const auto* load = std::get_if<Load>(&action)) return obey_load(*load);
+    const auto must_stay = [&](ModelId which, const Model& model) {
+      return model.pinned && !model.removed &&
+             (event.kind != EventKind::kLost || event.model != which);
+    };
     ModelId id{};
     if (const auto* stop = std::get_if<CancelLoad>(&action)) id = stop->model;
     if (const auto* drain = std::get_if<Drain>(&action)) id = drain->model;
@@ -344,7 +433,7 @@ class Referee {
     if (std::holds_alternative<Drain>(action)) {
       if (model.phase != Phase::kResident) return "the model is not resident";
       if (model.leases.empty()) return "nobody uses the model";
-      if (model.pinned && !model.removed) return "the model is pinned";
+      if (must_stay(id, model)) return "the model is pinned";
       model.phase = Phase::kDraining;
       return std::nullopt;
     }
@@ -353,9 +442,7 @@ class Referee {
     }
     if (!model.leases.empty()) return "somebody holds a lease";
     // A model pinned while it drained was already told to go: Unload follows Drain.
-    if (model.pinned && !model.removed && model.phase == Phase::kResident) {
-      return "the model is pinned";
-    }
+    if (must_stay(id, model) && model.phase == Phase::kResident) return "the model is pinned";
     model.phase = Phase::kUnloading;
     return std::nullopt;
   }
@@ -369,17 +456,21 @@ class Referee {
     if (model.waiting.empty()) return "nobody waits for the model";
     if (now_ < model.retry_at) return "the model's back-off is not over";
     if (load.placement >= model.placements.size()) return "no such placement";
-    const Charge& wanted = model.placements[load.placement];
     Verdict verdict;
-    wanted.for_each([&](DeviceIndex at, Bytes bytes) {
-      const std::size_t where = position(at);
+    const Amounts wanted = need_at_all(model, load.placement);
+    for (std::size_t where = 0; where < budgets_.size(); ++where) {
+      if (!touches(model, load.placement, where)) continue;
       if (closed_[where]) verdict = "the device is closed";
       if (loads_on(where) >= options_.load_channels_per_device) verdict = "no load channel is free";
-      if (used(where) + bytes.value > budgets_[where].value) verdict = "over budget";
-    });
+      if (wanted[where] > 0 && used(where) + wanted[where] > budgets_[where].value) {
+        verdict = "over budget";
+      }
+    }
     model.phase = Phase::kLoading;
     model.in_use = load.placement;
-    model.held = wanted;
+    model.held = model.placements[load.placement];
+    model.held_shares_on = shares_device(model, load.placement);
+    if (model.held_shares_on != kNoDevice) model.held_shares = model.shares;
     return verdict;
   }
 
@@ -451,7 +542,7 @@ class Referee {
       if (holder.bytes == Bytes{0}) continue;
       const auto model = models_.find(holder.model);
       if (model == models_.end()) return "a holder is unknown";
-      const Bytes held = model->second.held.on(refusal.device);
+      const Bytes held = held_with_shares(holder.model).on(refusal.device);
       const Bytes kept = held + model->second.quarantined.on(refusal.device);
       if (holder.bytes != held && holder.bytes != kept) return "a holder does not hold that";
     }
@@ -481,6 +572,7 @@ class Referee {
       const Model& model = item.second;
       return model.removed && model.phase == Phase::kAway && model.quarantined.empty();
     });
+    forget_unused_shares();
   }
 
   // --- Recounts ---------------------------------------------------------------------------------
@@ -499,87 +591,10 @@ class Referee {
   [[nodiscard]] std::uint32_t loads_on(std::size_t where) const {
     std::uint32_t count = 0;
     for (const auto& [id, model] : models_) {
-      if (model.phase == Phase::kLoading && model.held.on(at(where)) > Bytes{0}) ++count;
+      if (model.phase != Phase::kLoading) continue;
+      if (model.held.on(at(where)) > Bytes{0} || model.held_shares_on == at(where)) ++count;
     }
     return count;
-  }
-
-  [[nodiscard]] static DeviceIndex at(std::size_t where) { return static_cast<DeviceIndex>(where); }
-
-  template <typename F>
-  [[nodiscard]] std::int64_t bytes_where(std::size_t where, F&& counts) const {
-    std::int64_t total = 0;
-    for (const auto& [id, model] : models_) {
-      if (counts(model)) total += model.held.on(at(where)).value;
-    }
-    return total;
-  }
-
-  [[nodiscard]] std::int64_t quarantined(std::size_t where) const {
-    std::int64_t total = 0;
-    for (const auto& [id, model] : models_) total += model.quarantined.on(at(where)).value;
-    return total;
-  }
-
-  [[nodiscard]] std::int64_t used(std::size_t where) const {
-    return bytes_where(where, [](const Model&) { return true; }) + quarantined(where);
-  }
-
-  // Bytes on their way back.
-  [[nodiscard]] std::int64_t leaving(std::size_t where) const {
-    return bytes_where(where, [](const Model& model) {
-      return model.phase == Phase::kDraining || model.phase == Phase::kUnloading;
-    });
-  }
-
-  [[nodiscard]] std::int64_t unloading(std::size_t where) const {
-    return bytes_where(where, [](const Model& model) { return model.phase == Phase::kUnloading; });
-  }
-
-  [[nodiscard]] std::int64_t idle(std::size_t where) const {
-    return bytes_where(where, [](const Model& model) {
-      return model.phase == Phase::kResident && model.leases.empty() && !model.pinned;
-    });
-  }
-
-  // Free bytes, below zero by the deficit.
-  [[nodiscard]] std::int64_t room(std::size_t where) const {
-    return budgets_[where].value - used(where);
-  }
-
-  template <typename F>
-  [[nodiscard]] static bool everywhere(const Charge& wanted, F&& holds) {
-    bool result = true;
-    wanted.for_each([&](DeviceIndex where, Bytes bytes) {
-      result = result && holds(position(where), bytes.value);
-    });
-    return result;
-  }
-
-  [[nodiscard]] bool never_fits(const Model& model) const {
-    return std::none_of(model.placements.begin(), model.placements.end(), [&](const Charge& each) {
-      return everywhere(each, [&](std::size_t where, std::int64_t bytes) {
-        return bytes <= budgets_[where].value;
-      });
-    });
-  }
-
-  // Bytes that no eviction can bring back: held by pinned models that stay, or quarantined. What a
-  // pinned model's load has reserved may count or not: the load may yet fail, or take less.
-  [[nodiscard]] std::int64_t fixed(std::size_t where, bool with_loads) const {
-    return quarantined(where) + bytes_where(where, [&](const Model& model) {
-             return model.pinned && !model.removed &&
-                    (model.phase == Phase::kResident ||
-                     (with_loads && model.phase == Phase::kLoading));
-           });
-  }
-
-  [[nodiscard]] bool exhausted(const Model& model, bool with_loads) const {
-    return std::none_of(model.placements.begin(), model.placements.end(), [&](const Charge& each) {
-      return everywhere(each, [&](std::size_t where, std::int64_t bytes) {
-        return bytes + fixed(where, with_loads) <= budgets_[where].value;
-      });
-    });
   }
 
   // --- After the call ---------------------------------------------------------------------------
@@ -592,13 +607,16 @@ class Referee {
       const Entry* entry = yard.entry(id);
       if (entry == nullptr) return describe(id) + " is missing";
       if (Verdict verdict = compare(model, *entry)) return describe(id) + ": " + *verdict;
+      if (yard.exclusive(id) != exclusive(id)) return describe(id) + ": other bytes are exclusive";
+      if (yard.held_with_shares(id) != held_with_shares(id)) {
+        return describe(id) + ": holds other bytes with its shares";
+      }
     }
+    if (Verdict verdict = compare_shares(yard)) return verdict;
     for (std::size_t where = 0; where < budgets_.size(); ++where) {
       const Account& account = yard.account(at(where));
       const std::string name = "device " + std::to_string(where) + ": ";
-      const auto in = [&](Phase phase) {
-        return Bytes{bytes_where(where, [&](const Model& model) { return model.phase == phase; })};
-      };
+      const auto in = [&](Phase phase) { return Bytes{bytes_in(phase, where)}; };
       if (account.budget != budgets_[where]) return name + "another budget";
       if (account.reserved != in(Phase::kLoading)) return name + "reserved bytes differ";
       if (account.resident != in(Phase::kResident)) return name + "resident bytes differ";
@@ -611,6 +629,33 @@ class Referee {
       if (account.deficit != deficits_[where]) return name + "the deficit differs";
       if (account.peak < account.used()) return name + "the peak is below what is used";
       if (yard.device_closed(at(where)) != closed_[where]) return name + "closed differs";
+    }
+    return std::nullopt;
+  }
+
+  [[nodiscard]] Verdict compare_shares(const Yard& yard) const {
+    if (yard.share_count() != shares_.size()) return "the number of shares differs";
+    for (const auto& item : shares_) {
+      const ShareId id = item.first;
+      const Share* share = yard.share(id);
+      if (share == nullptr) return describe(id) + " is missing";
+      if (share->bytes != Bytes{item.second.bytes}) return describe(id) + " has other bytes";
+      if (share->model_count != models_made_of(id)) return describe(id) + ": models differ";
+      for (std::size_t where = 0; where < budgets_.size(); ++where) {
+        const Holders& there = share->on(at(where));
+        const auto differs = [&](Holding holding, Phase phase) {
+          return there.of(holding) != holders_in(id, where, phase);
+        };
+        if (differs(Holding::kLoading, Phase::kLoading) ||
+            differs(Holding::kResident, Phase::kResident) ||
+            differs(Holding::kDraining, Phase::kDraining) ||
+            differs(Holding::kUnloading, Phase::kUnloading)) {
+          return describe(id) + ": holders differ";
+        }
+        const std::size_t pinned =
+            holders(id, where, [](const Model& model) { return is_fixed(model, true); });
+        if (there.pinned != pinned) return describe(id) + ": pinned holders differ";
+      }
     }
     return std::nullopt;
   }
@@ -641,6 +686,11 @@ class Referee {
         break;
     }
     if (entry.held != model.held) return "holds other bytes";
+    if (entry.held_shares != model.held_shares) return "holds other shares";
+    if (entry.held_shares_on != model.held_shares_on) return "holds its shares elsewhere";
+    if (entry.shares != model.shares || entry.shares_on != model.shares_on) {
+      return "is made of other shares";
+    }
     if (entry.placements != model.placements) return "has other placements";
     if (entry.quarantined != model.quarantined) return "other bytes are quarantined";
     if (entry.pinned != model.pinned && !model.removed) return "pinned differs";
@@ -681,6 +731,30 @@ class Referee {
     return std::nullopt;
   }
 
+  // Whoever could still give back bytes of a deficit that leavers do not cover is asked to leave.
+  [[nodiscard]] Verdict check_repayment() const {
+    for (std::size_t where = 0; where < budgets_.size(); ++where) {
+      const std::int64_t back = leaving(where);
+      if (deficits_[where].value <= back) continue;
+      const auto may_go = [](ModelId, const Model& model) {
+        return model.phase == Phase::kResident && !model.pinned;
+      };
+      const std::int64_t most = supposing(
+          may_go, Phase::kUnloading, [&](const Books& without) { return without.leaving(where); });
+      if (most > back) return "nobody repays the deficit of device " + std::to_string(where);
+    }
+    return std::nullopt;
+  }
+
+  // A model whose memory is gone does not stay.
+  [[nodiscard]] Verdict check_lost(const Event& event, const Outcome& outcome) const {
+    if (event.kind != EventKind::kLost || outcome.error) return std::nullopt;
+    const auto found = models_.find(event.model);
+    return unless(found == models_.end() || found->second.phase == Phase::kDraining ||
+                      found->second.phase == Phase::kUnloading,
+                  "a model that was lost stays");
+  }
+
   [[nodiscard]] Verdict check_times(const Event& event) const {
     if (event.kind == EventKind::kTick && wake_at_ <= now_) return "asks to be woken in the past";
     for (const auto& [id, ticket] : tickets_) {
@@ -693,9 +767,10 @@ class Referee {
   [[nodiscard]] Verdict check_no_hopeless_waiter() const {
     for (const auto& [id, model] : models_) {
       if (model.waiting.empty() || model.phase != Phase::kAway) continue;
-      if (never_fits(model)) return describe(id) + " waits and can never fit";
-      if (exhausted(model, false))
-        return describe(id) + " waits for bytes that nobody will give back";
+      // What pinned models hold of it already it need not bring, so it may be larger than a budget.
+      if (!exhausted(model, false) || !exhausted(model, true)) continue;
+      return describe(id) + (never_fits(model) ? " waits and can never fit"
+                                               : " waits for bytes that nobody will give back");
     }
     return std::nullopt;
   }
@@ -707,34 +782,44 @@ class Referee {
                                     [](const auto& item) { return !item.second.waiting.empty(); });
     const Model& model = found->second;
     if (model.phase != Phase::kAway) return std::nullopt;
-    bool could_be_made = false;
-    for (const Charge& wanted : model.placements) {
-      const bool open = everywhere(wanted, [&](std::size_t where, std::int64_t) {
-        return !closed_[where] && loads_on(where) < options_.load_channels_per_device;
+    for (std::size_t p = 0; p < model.placements.size(); ++p) {
+      if (!open_for_load(model, p)) continue;
+      bool fits = everywhere(need_now(model, p), [&](std::size_t where, std::int64_t bytes) {
+        return bytes <= room(where);
       });
-      if (!open) continue;
-      if (everywhere(wanted,
-                     [&](std::size_t where, std::int64_t bytes) { return bytes <= room(where); })) {
-        return describe(found->first) + " waits though it fits";
+      for (std::size_t where = 0; where < budgets_.size(); ++where) {
+        // A deficit is repaid first, also by a share that could be taken over.
+        fits = fits && (!touches(model, p, where) || deficits_[where] == Bytes{0});
       }
-      if (everywhere(wanted, [&](std::size_t where, std::int64_t bytes) {
-            return bytes <= room(where) + leaving(where);
-          })) {
-        return std::nullopt;
-      }
-      could_be_made =
-          could_be_made || everywhere(wanted, [&](std::size_t where, std::int64_t bytes) {
-            return bytes <= room(where) + leaving(where) + idle(where);
-          });
+      if (fits) return describe(found->first) + " waits though it fits";
+      if (fits_later(model, p)) return std::nullopt;
     }
-    return unless(!could_be_made, describe(found->first) + " waits though idle models could go");
+    const auto idle = [](ModelId, const Model& each) {
+      return each.phase == Phase::kResident && each.leases.empty() && !each.pinned;
+    };
+    for (std::size_t p = 0; p < model.placements.size(); ++p) {
+      if (!open_for_load(model, p)) continue;
+      const bool could_be_made = supposing(idle, Phase::kUnloading, [&](const Books& without) {
+        return without.fits_later(model, p);
+      });
+      if (could_be_made) return describe(found->first) + " waits though idle models could go";
+    }
+    return std::nullopt;
+  }
+
+  [[nodiscard]] bool open_for_load(const Model& model, std::size_t placement) const {
+    for (std::size_t where = 0; where < budgets_.size(); ++where) {
+      if (!touches(model, placement, where)) continue;
+      if (closed_[where] || loads_on(where) >= options_.load_channels_per_device) return false;
+    }
+    return true;
   }
 
   // Reads the decisions of this call. If nothing else went on, the victims must be a set that makes
   // the one waiting model fit, and none of them can be left out: either with what leaves when its
   // requests have ended, or, for one that will not wait for those, without it.
   [[nodiscard]] Verdict check_victims(const Yard& yard, bool quiet) {
-    std::map<ModelId, std::vector<Charge>> victims;
+    std::map<ModelId, std::vector<ModelId>> victims;
     const auto& log = yard.explanations().entries();
     const std::uint64_t last = explained_;
     for (auto entry = log.rbegin(); entry != log.rend() && entry->sequence > last; ++entry) {
@@ -742,39 +827,37 @@ class Referee {
       explained_ = std::max(explained_, each.sequence);
       if (each.decision != Decision::kEvicted && each.decision != Decision::kDrained) continue;
       if (each.cause == ModelId{}) continue;
-      const auto victim = models_.find(each.model);
-      if (victim != models_.end()) victims[each.cause].push_back(victim->second.held);
+      if (models_.contains(each.model)) victims[each.cause].push_back(each.model);
     }
     if (!quiet) return std::nullopt;
     for (const auto& item : victims) {
-      const ModelId cause = item.first;
-      const std::vector<Charge>& charges = item.second;
-      const auto found = models_.find(cause);
-      if (found == models_.end() || found->second.phase != Phase::kAway) continue;
-      const auto& placements = found->second.placements;
-      const bool good =
-          std::any_of(placements.begin(), placements.end(), [&](const Charge& wanted) {
-            const auto minimal = [&](bool with_leaving) {
-              const auto covers = [&](const Charge& without) {
-                return everywhere(wanted, [&](std::size_t where, std::int64_t bytes) {
-                  const std::int64_t back = with_leaving ? leaving(where) : unloading(where);
-                  return bytes <= room(where) + back - without.on(at(where)).value;
-                });
-              };
-              return covers(Charge{}) && std::none_of(charges.begin(), charges.end(), covers);
-            };
-            return minimal(true) || minimal(false);
-          });
-      if (!good) return "the victims for " + describe(cause) + " are too few or too many";
+      const auto cause = models_.find(item.first);
+      if (cause == models_.end() || cause->second.phase != Phase::kAway) continue;
+      bool good = false;
+      for (std::size_t p = 0; p < cause->second.placements.size(); ++p) {
+        good = good || complete_and_minimal(item.second, cause->second, p, true) ||
+               complete_and_minimal(item.second, cause->second, p, false);
+      }
+      if (!good) return "the victims for " + describe(item.first) + " are too few or too many";
     }
     return std::nullopt;
   }
 
+  // The victims, who are on their way out, make a model fit, and would not if one of them stayed.
+  [[nodiscard]] bool complete_and_minimal(const std::vector<ModelId>& victims, const Model& model,
+                                          std::size_t placement, bool with_leaving) const {
+    const auto covers = [&](const Books& books) {
+      return with_leaving ? books.fits_later(model, placement) : books.fits_soon(model, placement);
+    };
+    const auto needless = [&](ModelId spared) {
+      return supposing([&](ModelId id, const Model&) { return id == spared; }, Phase::kResident,
+                       covers);
+    };
+    return covers(*this) && std::none_of(victims.begin(), victims.end(), needless);
+  }
+
   YardOptions options_;
-  std::vector<Bytes> budgets_;
-  std::vector<bool> closed_;
   std::vector<Bytes> deficits_;
-  std::map<ModelId, Model> models_;
   std::map<TicketId, std::pair<ModelId, Tick>> tickets_;  // Model and deadline of who waits.
   std::map<LeaseId, ModelId> leases_;
   Tick now_{};
@@ -850,6 +933,12 @@ class Session {
     }
     while (!violation_ && finish_everything()) {
     }
+    const std::map unused = referee_.shares();  // Those that models were made of have gone.
+    for (const auto& [id, share] : unused) {
+      Event forget = event(EventKind::kForgetShare);
+      forget.share = id;
+      if (!share.was_used) step(forget);
+    }
     std::vector<std::pair<ModelId, Charge>> kept;
     for (const auto& [id, model] : referee_.models()) kept.emplace_back(id, model.quarantined);
     for (const auto& [id, quarantined] : kept) {
@@ -866,6 +955,7 @@ class Session {
       }
     }
     if (yard_.model_count() != 0) violation_ = "models are left";
+    if (yard_.share_count() != 0) violation_ = "shares are left";
     if (yard_.waiting_count() != 0) violation_ = "tickets are left";
     if (yard_.lease_count() != 0) violation_ = "leases are left";
   }
@@ -897,7 +987,11 @@ class Session {
         events.push_back(done);
       }
     }
-    for (const Event& each : events) step(each);
+    for (Event& each : events) {
+      // The last of a share's holders brings it back: who that is shows only now.
+      if (each.kind == EventKind::kUnloadDone) each.charge = referee_.exclusive(each.model);
+      step(each);
+    }
     return !events.empty();
   }
 

@@ -28,12 +28,17 @@ class Shell {
  public:
   Shell(YardOptions options, std::uint32_t model_count, std::uint32_t seed)
       : yard_(make(std::move(options))), random_(seed) {
+    const ShareId shared = yard_.add_share(Bytes{15}).value();
     for (std::uint32_t i = 0; i < model_count; ++i) {
       ModelSpec spec;
       spec.label = "model " + std::to_string(i);
       const auto bytes = static_cast<std::int64_t>(5 + random_() % 30);
       spec.placements = {charge({{i % 2, bytes}})};
       if (i % 5 == 0) spec.placements.push_back(charge({{0, bytes}, {1, bytes}}));
+      if (i % 3 == 0) {
+        spec.shares = {shared};
+        spec.shares_on.assign(spec.placements.size(), device(0));
+      }
       models_.push_back(yard_.add_model(std::move(spec)).value());
     }
   }
@@ -84,7 +89,8 @@ class Shell {
       Actions out;
       Status status = Done{};
       if (!job.load) {
-        status = yard_.unload_done(job.model, now(), job.bytes, out);
+        // What it shares may have been taken over since, or be its alone only now.
+        status = yard_.unload_done(job.model, now(), yard_.exclusive(job.model), out);
       } else if (random_() % 50 == 0) {
         status = yard_.load_failed(job.model, now(), LoadFailure::kTransient, out);
       } else {
@@ -135,7 +141,7 @@ class Shell {
   struct Job {
     ModelId model{};
     bool load{false};
-    Charge bytes;
+    Charge bytes;  ///< Of a load.
   };
 
   static Yard make(YardOptions options) {
@@ -163,7 +169,7 @@ class Shell {
     Actions out;
     const ModelId model = models_[round % models_.size()];
     bool good = true;
-    switch (round % 6) {
+    switch (round % 7) {
       case 0:
         good = yard_.set_budget(device(0), Bytes{60}, now(), out).ok();
         break;
@@ -182,6 +188,11 @@ class Shell {
         out.clear();
         good = good && yard_.unpin(model, now(), out).ok();
         break;
+      case 5: {
+        const Status lost = yard_.lost(model, now(), out);
+        good = lost.ok() || lost.error().code == ErrorCode::kWrongState;
+        break;
+      }
       default:
         good = yard_.unload(model, now(), out).ok();
         break;
@@ -203,7 +214,7 @@ class Shell {
         jobs_.push_back(Job{load->model, true, yard_.entry(load->model)->held});
         job_.notify_one();
       } else if (const auto* unload = std::get_if<Unload>(&action)) {
-        jobs_.push_back(Job{unload->model, false, yard_.entry(unload->model)->held});
+        jobs_.push_back(Job{unload->model, false, Charge{}});
         job_.notify_one();
       } else if (const auto* wake = std::get_if<WakeAt>(&action)) {
         wake_at_ = wake->at;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "modelyard/charge.hpp"
+#include "modelyard/shares.hpp"
 #include "modelyard/slot_map.hpp"
 #include "modelyard/types.hpp"
 
@@ -77,8 +78,14 @@ struct Entry {
   std::uint64_t load_count{0};
   std::uint64_t eviction_count{0};
   Charge quarantined;              ///< Did not come back from earlier unloads.
-  std::vector<Charge> placements;  ///< What a load may take; each load chooses one of them.
-  std::string label;               ///< What people call it; for explanations only.
+  std::vector<Charge> placements;  ///< What a load may take for the model alone; each load chooses
+                                   ///< one of them.
+  std::vector<ShareId> shares;     ///< What it is made of besides, together with others.
+  std::vector<DeviceIndex>
+      shares_on;  ///< Where each placement holds the shares; kNoDevice if it has copies of its own.
+  std::vector<ShareId> held_shares;       ///< Held now, like `held`.
+  DeviceIndex held_shares_on{kNoDevice};  ///< Where; kNoDevice if held_shares is empty.
+  std::string label;                      ///< What people call it; for explanations only.
 };
 
 using EntryTable = SlotMap<Entry, ModelId>;

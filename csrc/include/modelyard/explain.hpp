@@ -25,6 +25,7 @@ enum class Decision : std::uint8_t {
   kDeviceClosed,
   kDeviceOpened,
   kQueued,  ///< The first request began to wait for it.
+  kLost,    ///< Its memory is gone without anybody having asked.
 };
 
 /// Why a model was made to leave.
@@ -35,6 +36,7 @@ enum class Why : std::uint8_t {
   kDeviceClosed,  ///< `device` was closed.
   kAsked,         ///< Somebody asked for it by hand.
   kRemoved,
+  kLost,  ///< Its memory was gone already: what held it has died.
 };
 
 [[nodiscard]] std::string_view to_string(Why why);
@@ -51,8 +53,10 @@ struct Explanation {
   ModelId cause{};                ///< For whom it was done.
   DeviceIndex device{kNoDevice};  ///< Which device it was about or done for.
   double score{0};                ///< By which score the model was chosen.
-  Bytes bytes{};                  ///< How much memory it was about, over all devices.
-  Duration waited{};              ///< How long the oldest request had waited for it.
+  Bytes bytes{};  ///< How much memory it was about, over all devices: of a model that leaves, what
+                  ///< comes back with it.
+  Bytes shared_bytes{};  ///< What else the model holds, and others with it: stays when it leaves.
+  Duration waited{};     ///< How long the oldest request had waited for it.
 };
 
 /// The last decisions, oldest first. Bounded: the oldest is dropped for a new one. Not thread-safe.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -8,6 +9,9 @@
 #include "modelyard/types.hpp"
 
 namespace modelyard {
+
+/// What charged bytes are for.
+enum class Kind : std::uint8_t { kNone, kReserved, kResident, kDraining };
 
 /// What one device has promised and holds.
 struct Account {
@@ -63,6 +67,9 @@ class Ledger {
   void finish_drain(const Charge& held, const Charge& freed);
   /// Quarantined bytes have come back after all.
   void reclaim(const Charge& charge);
+  /// Bytes that several models hold together are now for something else. From kNone they must fit;
+  /// to kNone they are back.
+  void shift(DeviceIndex device, Bytes bytes, Kind from, Kind to);
   /// Sets a device's budget. `budget` must be valid.
   void set_budget(DeviceIndex device, Bytes budget);
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <memory>
 #include <optional>
 #include <set>
@@ -16,6 +17,7 @@
 #include "modelyard/planner.hpp"
 #include "modelyard/policy.hpp"
 #include "modelyard/result.hpp"
+#include "modelyard/shares.hpp"
 #include "modelyard/types.hpp"
 
 namespace modelyard {
@@ -40,6 +42,11 @@ struct ModelSpec {
   std::vector<Charge> placements;  ///< 1 to 16 alternatives, the preferred one first. Upper bounds
                                    ///< of what a load takes.
   double reload_seconds{1};        ///< Until a load has been measured. Above zero, finite.
+  std::vector<ShareId> shares{};   ///< What it holds together with others, each once, besides the
+                                   ///< placement's bytes; see add_share.
+  std::vector<DeviceIndex> shares_on{};  ///< For each placement where it holds them; kNoDevice, or
+                                         ///< an empty list, for copies of its own, which the
+                                         ///< placement's bytes then include.
   std::optional<ModelId>
       replaces{};  ///< A model whose place it takes: it inherits how often that
                    ///< one was wanted and how long it took to load. Both stay
@@ -76,12 +83,15 @@ struct DeviceCounters {
 /// - I3: A model is unloaded only when nobody holds a lease on it; a lease is granted only on a
 ///   RESIDENT model.
 /// - I4: A RESIDENT model has no waiting tickets: whoever waits is granted when the load ends.
-/// - I5: A pinned model is never a victim. It leaves only if it is removed, or was already leaving
-///   when it was pinned.
+/// - I5: A pinned model is never a victim. It leaves only if it is removed or lost, or was already
+///   leaving when it was pinned.
 /// - I6: Every ticket ends in exactly one of Grant, Refuse, or a cancel by its owner.
 /// - I7: Victims are chosen only as a complete set that makes the waiting model fit.
 /// - I8: A model that waits is QUEUED (or on its way out, to be QUEUED then) and stands in the
 ///   waiting list at the place of its oldest ticket.
+/// - I9: A share is charged once on each device where anybody holds it, as what its liveliest
+/// holder
+///   is: resident, reserved or draining.
 ///
 /// Scheduling. Waiting models are looked at in the order of their oldest ticket. One whose bytes
 /// are free is loaded, where most room is left; one whose bytes are on their way back keeps them to
@@ -91,6 +101,11 @@ struct DeviceCounters {
 /// deadline if a load fits into the other half. Then the cheapest set is drained for it, and what
 /// becomes free is its own. So a small load is not stuck behind a big one, a big one is not starved
 /// by small ones, and a model in endless use is asked to leave in the end.
+///
+/// Shares. What several models have in common (a share) is held by each of them and charged once.
+/// Loading a model needs the shares that are not there yet; evicting one frees those that nobody
+/// else holds. A share held only by models that are being unloaded counts as on its way back: a
+/// model that wants it and loads before it is gone takes it over.
 ///
 /// Sizes. A placement is an upper bound that the caller vouches for. A load that turns out larger
 /// makes a deficit, which is repaid before anything else is loaded on the device, and the placement
@@ -120,7 +135,12 @@ class Yard {
   /// with kNeverFits. kStaleId if it replaces a model that is not known.
   Result<ModelId> add_model(ModelSpec spec);
   /// Replaces what a model's next loads may take. What it holds now stays as it is.
-  Status update_placements(ModelId model, std::vector<Charge> placements, Tick now, Actions& out);
+  Status update_placements(ModelId model, std::vector<Charge> placements, Tick now, Actions& out) {
+    return update_placements(model, std::move(placements), {}, {}, now, out);
+  }
+  Status update_placements(ModelId model, std::vector<Charge> placements,
+                           std::vector<ShareId> shares, std::vector<DeviceIndex> shares_on,
+                           Tick now, Actions& out);
   /// Takes a model out. Its waiting tickets are refused (kRemoved), leases run on, its memory comes
   /// back after them. The id stays good for the events of that (load_done, load_failed,
   /// release, unload_done, remeasured, reclaimed) and for nothing else.
@@ -137,6 +157,17 @@ class Yard {
   /// excepted.
   Status set_device_closed(DeviceIndex device, bool closed, Tick now, Actions& out);
 
+  // --- Shares
+
+  /// Bytes that models may hold together; above zero. It is forgotten with the last model that is
+  /// made of it.
+  Result<ShareId> add_share(Bytes bytes);
+  /// Cuts `part` off a share, less than all of it: a new share that the same models are made of and
+  /// hold. For a new model that has only that part in common with them.
+  Result<ShareId> split_share(ShareId share, Bytes part);
+  /// Forgets a share that no model is made of. kWrongState if one is.
+  Status forget_share(ShareId share);
+
   // --- Requests
 
   /// The way of a hit: a lease if the model is RESIDENT, nothing (and no change) if it is not.
@@ -152,16 +183,21 @@ class Yard {
 
   // --- What became of the actions
 
-  /// A load has ended well: the model holds `actual`, and loading took `took`.
+  /// A load has ended well: the model holds `actual` besides its shares, and loading took `took`.
   Status load_done(ModelId model, Tick now, const Charge& actual, Duration took, Actions& out);
   /// A load has failed and holds nothing any more.
   Status load_failed(ModelId model, Tick now, LoadFailure failure, Actions& out);
-  /// An unload has ended: `freed` is measurably back. What is missing is quarantined.
+  /// An unload has ended: `freed` is measurably back, at most exclusive(model). What is missing is
+  /// quarantined.
   Status unload_done(ModelId model, Tick now, const Charge& freed, Actions& out);
   /// Quarantined bytes of a model have come back.
   Status reclaimed(ModelId model, Tick now, const Charge& bytes, Actions& out);
   /// A resident or draining model was measured again.
   Status remeasured(ModelId model, Tick now, const Charge& actual, Actions& out);
+  /// A model's memory is gone without anybody having asked: what held it has died. A resident model
+  /// leaves, a pinned one too; who uses it is waited for, and an Unload follows as always.
+  /// kWrongState unless it is resident or draining.
+  Status lost(ModelId model, Tick now, Actions& out);
   /// Time has passed.
   void tick(Tick now, Actions& out);
 
@@ -170,6 +206,17 @@ class Yard {
   /// A yard in the same state that goes its own way from here: for finding out what would happen.
   /// Its ids are the same; what it answers concerns nobody else.
   [[nodiscard]] Yard clone() const { return Yard(*this); }
+  /// What comes back when a model leaves now: what it holds alone, and the shares that nobody else
+  /// holds. Empty if the id is stale.
+  [[nodiscard]] Charge exclusive(ModelId model) const;
+  /// All that a model holds, shares included. Empty if the id is stale.
+  [[nodiscard]] Charge held_with_shares(ModelId model) const;
+  /// A share, or null if the id is stale.
+  [[nodiscard]] const Share* share(ShareId id) const { return shares_.find(id); }
+  [[nodiscard]] std::size_t share_count() const { return shares_.size(); }
+  /// Bytes that models would hold more on a device if each held its shares alone. May be above
+  /// kMaxBytes. O(shares).
+  [[nodiscard]] Bytes saved(DeviceIndex device) const;
   /// The leases on a model, in no order. O(leases).
   [[nodiscard]] std::vector<LeaseId> leases_of(ModelId model) const;
   /// The entry of a model, or null if the id is stale. Valid until the next call that changes the
@@ -192,7 +239,7 @@ class Yard {
   /// upon. Nothing if it needs nobody, or if the idle models do not suffice.
   [[nodiscard]] std::optional<Plan> plan_for(ModelId model) const;
 
-  /// Checks I1 to I8 against the entries, tickets and leases themselves. The error names the first
+  /// Checks I1 to I9 against the entries, tickets and leases themselves. The error names the first
   /// violation.
   [[nodiscard]] Status audit() const;
 
@@ -220,12 +267,28 @@ class Yard {
     DeviceIndex device{kNoDevice};
   };
 
+  // What is free on every device, and what will be.
+  struct Room {
+    std::array<Bytes, kMaxDevices> available{};  // Free now.
+    std::array<Bytes, kMaxDevices> unloading{};  // Free soon: nobody uses them any more.
+    std::array<Bytes, kMaxDevices> leaving{};    // Free when their requests have ended.
+  };
   // What one scheduling pass has left for the models it has not looked at yet.
   struct Pass;
   // Where room can be made, and by whom.
-  struct Room {
+  struct Way {
     std::optional<Plan> plan;
     std::uint32_t placement{0};
+  };
+
+  // Which holders of a share make it be there for a model that is to be loaded.
+  enum class Present { kAny, kStaying, kFirm, kPinned };
+
+  // What a load needs beside what is there. The two differ by shares of models that drain: they are
+  // there as long as those are.
+  struct Need {
+    Charge now;    // With what is there now.
+    Charge later;  // With what is there when those who drain have left.
   };
 
   // What a plan counts on besides free bytes: what is being unloaded, or also what leaves when its
@@ -240,6 +303,9 @@ class Yard {
 
   [[nodiscard]] Entry* live(ModelId model);
   [[nodiscard]] Status check_placements(std::span<const Charge> placements) const;
+  [[nodiscard]] Status check_shares(std::span<const ShareId> shares,
+                                    std::span<const DeviceIndex> shares_on,
+                                    std::span<const Charge> placements) const;
   [[nodiscard]] Status check_measured(const Entry& entry, const Charge& actual) const;
   [[nodiscard]] Entry& entry_at(EntryIndex index) { return *entries_.at(index); }
   [[nodiscard]] const Entry& entry_at(EntryIndex index) const { return *entries_.at(index); }
@@ -258,6 +324,29 @@ class Yard {
   [[nodiscard]] static bool stands_in_waiting(const Entry& entry);
   void join_waiting(EntryIndex index);
   void leave_waiting(EntryIndex index);
+
+  // Shares.
+  [[nodiscard]] static DeviceIndex shares_device(const Entry& entry, std::uint32_t placement) {
+    return entry.shares.empty() || placement >= entry.shares_on.size() ? kNoDevice
+                                                                       : entry.shares_on[placement];
+  }
+  [[nodiscard]] static Charge touching(const Charge& own, DeviceIndex shares_on);
+  [[nodiscard]] std::optional<Bytes> with_bytes_of(std::span<const ShareId> shares,
+                                                   Bytes own) const;
+  [[nodiscard]] Charge needed(const Entry& entry, std::uint32_t placement, Present present) const;
+  [[nodiscard]] Need need_of(const Entry& entry, std::uint32_t placement) const;
+  [[nodiscard]] Charge exclusive_of(const Entry& entry) const;
+  [[nodiscard]] bool others_keep(const Entry& entry, const Share& share) const;
+  [[nodiscard]] Bytes going_with(const Entry& entry) const;
+  [[nodiscard]] Sharing sharing_for(const Entry& entry, std::uint32_t placement,
+                                    bool count_leaving) const;
+  void take_shares(Entry& entry, DeviceIndex device);
+  void turn_shares(const Entry& entry, Holding from, Holding to);
+  void pin_shares(const Entry& entry, bool pinned);
+  void drop_shares(Entry& entry, Holding from, bool settled);
+  void change_holders(ShareId id, DeviceIndex device, bool charged, auto&& change);
+  void refer(std::span<const ShareId> shares);
+  void unrefer(std::span<const ShareId> shares);
 
   // Transitions.
   void start_load(EntryIndex index, std::uint32_t placement, Actions& out);
@@ -280,8 +369,9 @@ class Yard {
   [[nodiscard]] std::vector<Resident> residents(bool with_leased) const;
   void fill_holders(Refuse& refusal) const;
   [[nodiscard]] Pass make_pass() const;
-  [[nodiscard]] Room cheapest_room(const Entry& entry, const Pass& pass,
-                                   std::span<const Resident> candidates, Count count) const;
+  [[nodiscard]] Room room() const;
+  [[nodiscard]] Way cheapest_way(const Entry& entry, const Pass& pass,
+                                 std::span<const Resident> candidates, Count count) const;
   void schedule(Actions& out);
   void repay_deficits(Actions& out);
   void schedule_model(EntryIndex index, Pass& pass, Actions& out);
@@ -295,6 +385,7 @@ class Yard {
   EntryTable entries_;
   TicketTable tickets_;
   LeaseTable leases_;
+  ShareTable shares_;
   ExplainLog explain_;
   YardCounters counters_;
   std::vector<DeviceCounters> device_counters_;
