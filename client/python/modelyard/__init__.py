@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         ServerError,
         ServerUnavailable,
         Violation,
+        WorkerLost,
     )
     from modelyard.events import (
         Event,
@@ -172,6 +173,7 @@ __all__ = [
     "Unset",
     "Violation",
     "WatchPosition",
+    "WorkerLost",
     "__version__",
     "from_tensor",
     "read_placement",
@@ -191,7 +193,7 @@ _EXPORTS: Final = (
         "DeadlineUnreachable DeviceNotFound EtagMismatch InvalidRequest KeyNotFound LoadFailed "
         "ModelFailed ModelInUse ModelNeverFits ModelNotFound ModelyardError NotFound "
         "PlacementInvalid PreconditionFailed QueueFull ResourceExhausted "
-        "RouteNotFound ServerDraining ServerError ServerUnavailable Violation",
+        "RouteNotFound ServerDraining ServerError ServerUnavailable Violation WorkerLost",
     ),
     ("events", "Event EventType Explanation ResidencyChange WatchPosition"),
     ("placements", "AutomaticPlacement PlacementStrategy read_placement"),

@@ -69,6 +69,7 @@ def model_from(message: model_pb2.Model) -> Model:
         options=struct_to_dict(message.options),
         placement=placement_from(message),
         estimated_bytes=message.estimated_bytes,
+        estimated_activation_bytes=message.estimated_activation_bytes,
         created_at=time_from(message.create_time) if message.HasField("create_time") else None,
         etag=message.etag,
         owner=_OWNERS.get(message.owner, ModelOwner.UNKNOWN),
@@ -135,13 +136,19 @@ def server_stats_from(message: admin_service_pb2.GetStatsResponse) -> ServerStat
         waiting_request_count=message.waiting_request_count,
         process_resident_bytes=message.process_resident_bytes,
         peak_process_resident_bytes=message.peak_process_resident_bytes,
+        worker_resident_bytes=message.worker_resident_bytes,
     )
 
 
 def charges_from(messages: Iterable[residency_pb2.DeviceCharge]) -> tuple[DeviceCharge, ...]:
     """Return bytes per device."""
     return tuple(
-        DeviceCharge(device=charge.device, size_bytes=charge.size_bytes) for charge in messages
+        DeviceCharge(
+            device=charge.device,
+            size_bytes=charge.size_bytes,
+            shared_bytes=charge.shared_bytes,
+        )
+        for charge in messages
     )
 
 

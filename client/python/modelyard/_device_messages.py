@@ -170,4 +170,5 @@ def managed_device_from(message: device_pb2.ManagedDevice) -> ManagedDevice:
         drained=message.drained,
         total_bytes=message.total_bytes,
         transfer_bytes_per_s=message.transfer_bytes_per_second,
+        saved_bytes=message.saved_bytes,
     )

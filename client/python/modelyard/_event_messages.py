@@ -38,6 +38,7 @@ def event_from(message: event_pb2.Event) -> Event:
         load_s=seconds_from(message.load_duration) if message.HasField("load_duration") else None,
         description=message.description,
         identity=message.identity,
+        shared_bytes=message.shared_bytes,
     )
 
 

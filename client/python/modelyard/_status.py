@@ -52,6 +52,7 @@ _BY_REASON: Final[Mapping[str, type[errors.ModelyardError]]] = MappingProxyType(
         "INTERNAL": errors.ServerError,
         "CONFIG_OWNED": errors.ConfigOwned,
         "CATALOG_UNAVAILABLE": errors.CatalogUnavailable,
+        "WORKER_LOST": errors.WorkerLost,
     }
 )
 

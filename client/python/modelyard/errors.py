@@ -49,6 +49,7 @@ __all__ = [
     "ServerError",
     "ServerUnavailable",
     "Violation",
+    "WorkerLost",
 ]
 
 DeadlinePhase: TypeAlias = Literal["queue", "load", "run"]
@@ -278,6 +279,14 @@ class CatalogUnavailable(ModelyardError):
     """The server cannot write its catalog, for instance because the disk is full.
 
     Nothing was changed and predictions go on; ``retry_after_s`` says when to try again.
+    """
+
+
+class WorkerLost(ModelyardError):
+    """The process that held the model has died; the request had not begun.
+
+    The model is being loaded again; ``retry_after_s`` says when to try again. The client does so by
+    itself.
     """
 
 

@@ -62,6 +62,8 @@ class EventType(Enum):
     """A device plan failed half-way and was taken back."""
     QUEUED = "queued"
     """The first request began to wait for a model that is not resident."""
+    LOST = "lost"
+    """A model's memory is gone: the process that held it has died."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -77,13 +79,14 @@ class Event:
         type: what.
         subject: what it is about.
         cause: for whom or what it was done; empty where nobody asked.
-        size_bytes: bytes it is about, over all devices.
+        size_bytes: bytes it is about, over all devices; of a model that leaves, what comes back.
         score: the policy's score of a model that was chosen to leave; comparable within one
             policy only.
         waited_s: how long the oldest request had waited when it was decided.
         load_s: how long a load took.
         description: for people.
         identity: who asked, as they call themselves; empty if unknown.
+        shared_bytes: what the model holds besides ``size_bytes``, and others with it.
     """
 
     revision: int
@@ -97,6 +100,7 @@ class Event:
     load_s: float | None
     description: str
     identity: str
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

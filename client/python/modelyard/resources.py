@@ -96,6 +96,8 @@ class Model:
         pinned: True while it is never evicted.
         alternatives: the ways to load it, as placement and files have it.
         warnings: what an operator should know and is no error.
+        estimated_activation_bytes: what a run of the largest batch takes beside the weights, as
+            predicted; 0 if nobody knows. Not charged to the device.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Model:
     pinned: bool
     alternatives: tuple[PlacedModel, ...]
     warnings: tuple[str, ...]
+    estimated_activation_bytes: int = 0
 
     @property
     def id(self) -> str:
@@ -145,6 +148,8 @@ class ManagedDevice:
         total_bytes: what the device has; for the disk, what its file system has.
         transfer_bytes_per_s: how fast weights come onto it at most, for logical devices that were
             declared so; 0 is as fast as it goes.
+        saved_bytes: what its models would hold more there if each held alone what it shares with
+            others.
     """
 
     name: str
@@ -165,6 +170,7 @@ class ManagedDevice:
     drained: bool
     total_bytes: int
     transfer_bytes_per_s: int
+    saved_bytes: int = 0
 
     @property
     def id(self) -> str:
@@ -205,10 +211,18 @@ class ResidencyState(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceCharge:
-    """Bytes on one device; ``device`` is its resource name."""
+    """Bytes on one device; ``device`` is its resource name.
+
+    Args:
+        device: where.
+        size_bytes: all that is held.
+        shared_bytes: of ``size_bytes``, what other models hold as well. The device is charged for
+            it once.
+    """
 
     device: str
     size_bytes: int
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,6 +311,8 @@ class ServerStats:
         waiting_request_count: requests that wait for a model now.
         process_resident_bytes: resident set of the server's process.
         peak_process_resident_bytes: highest value of the same since it started.
+        worker_resident_bytes: memory of the processes that models run in, where the server has
+            such.
     """
 
     answered_count: int
@@ -311,3 +327,4 @@ class ServerStats:
     waiting_request_count: int
     process_resident_bytes: int
     peak_process_resident_bytes: int
+    worker_resident_bytes: int = 0
