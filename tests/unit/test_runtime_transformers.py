@@ -29,6 +29,7 @@ from modelyard_server.runtimes.api import (
     OptionError,
 )
 from modelyard_server.runtimes.conversion import to_torch, to_value
+from modelyard_server.runtimes.hf import activations
 from modelyard_server.runtimes.hf.runtime import TransformersRuntime
 from modelyard_server.runtimes.registry import make_runtimes
 from modelyard_server.runtimes.targets import Place
@@ -726,3 +727,46 @@ def test_warming_up_forbids_the_network(monkeypatch: pytest.MonkeyPatch) -> None
     for runtime in make_runtimes(frozenset()).values():
         runtime.warm_up()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+# --- What runs take -------------------------------------------------------------------------------
+
+
+def test_a_price_says_what_runs_take_if_it_is_to(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    predict = activations.predict_for_task
+
+    def counted(module: Any, config: Any, task: str, batch: int, length: int) -> int:
+        asked.append((batch, length))
+        return predict(module, config, task, batch, length)
+
+    monkeypatch.setattr(activations, "predict_for_task", counted)
+    runtime = TransformersRuntime(predicts_runs=True)
+    options = [{"batch_size": 2, "max_length": 8}, {"batch_size": 4, "max_length": 8}]
+    small, large = (
+        ModelSpec(
+            name="m", runtime="transformers", task="feature-extraction", folder=bert, options=o
+        )
+        for o in options
+    )
+    prices = [runtime.price(spec) for spec in (small, large, small, large)]
+    assert asked == [(2, 8), (4, 8)]  # Once for each setting.
+    assert 0 < prices[0].activation_bytes < prices[1].activation_bytes
+    assert prices[2:] == prices[:2]
+    assert prices[0].resting_bytes == TransformersRuntime().price(small).resting_bytes
+    assert TransformersRuntime().price(small).activation_bytes == 0
+
+
+def test_a_model_of_which_it_is_not_known_has_a_price_all_the_same(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(activations, "predict_for_task", fail)
+    spec = ModelSpec(name="m", runtime="transformers", task="feature-extraction", folder=bert)
+    price = TransformersRuntime(predicts_runs=True).price(spec)
+    assert price.activation_bytes == 0
+    assert price.resting_bytes > 0

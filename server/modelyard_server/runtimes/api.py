@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
-from weakref import ReferenceType
 
 from modelyard_server.runtimes.targets import Place, Structure
 from modelyard_server.runtimes.tensors import TensorValue
@@ -79,11 +78,18 @@ class Price:
             What is above resting_bytes is held on the home device.
         structure: what it is made of, for placements in parts; its size_bytes are resting_bytes.
             None for a model that cannot be cut.
+        shared: the tensors that models hold together: bytes by TensorHeader.identity. A part of
+            resting_bytes. A load of the whole model onto one device holds each of them there, by
+            itself or with others who have the same one; a load in parts holds copies of its own.
+        activation_bytes: most that a run takes beside the weights, on the home device; predicted.
+            0 if nobody knows.
     """
 
     resting_bytes: int
     peak_bytes: int
     structure: Structure | None = None
+    shared: Mapping[str, int] = field(default_factory=dict)
+    activation_bytes: int = 0
 
 
 class OptionError(ValueError):
@@ -126,11 +132,12 @@ class Witness:
 
     Attributes:
         device: position of the device whose memory it is.
-        reference: to it.
+        reference: to it, weak: called it answers with what there is, and with None once that has
+            gone.
     """
 
     device: int
-    reference: ReferenceType[Any]
+    reference: Callable[[], Any]
 
 
 class LoadedModel(ABC):
@@ -166,6 +173,13 @@ class LoadedModel(ABC):
         Unique storages of parameters and buffers. What lies on the disk counts there, and what is
         kept free for using it (targets.staging_bytes) counts on the home device.
         """
+
+    def shared_bytes(self) -> Mapping[int, Mapping[str, int]]:
+        """What of measured_bytes it holds together with others: by position, then by identity.
+
+        All of its price's `shared` on one device if the whole model is there, else nothing.
+        """
+        return {}
 
     @abstractmethod
     def witnesses(self) -> tuple[Witness, ...]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
+import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,25 +20,34 @@ from modelyard_server.runtimes.api import (
     Price,
     Runtime,
     StopCheck,
-    Witness,
 )
 from modelyard_server.runtimes.frames import forget_frames
+from modelyard_server.runtimes.model_weights import ModelWeights, content_key
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.targets import Place
-from modelyard_server.runtimes.tensors import TensorError, TensorValue
-from modelyard_server.weights.model_files import folder_of, shown
-from modelyard_server.weights.safetensors_files import read_checkpoint
+from modelyard_server.runtimes.template_cache import TemplateCache, tensors_digest
+from modelyard_server.runtimes.tensors import TensorValue
+from modelyard_server.runtimes.torch_model import TorchModel, check_parameters, input_names
+from modelyard_server.weights.model_files import shown
+from modelyard_server.weights.store.recent import Recent
 
 if TYPE_CHECKING:
     import torch
 
+    from modelyard_server.runtimes.filling import Filling
+    from modelyard_server.runtimes.model_weights import PoolSource
     from modelyard_server.runtimes.torch_layouts import Layout
-    from modelyard_server.weights.storages import Spread
+    from modelyard_server.weights.holding import WeightPool
+    from modelyard_server.weights.store import WeightStore
+    from modelyard_server.weights.templates import ModuleTemplate
 
 __all__ = ["TorchRuntime"]
 
+logger = logging.getLogger(__name__)
+
 _MAX_NAMES = 64
 _CACHED = 64
+_MAX_PLANS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +56,28 @@ class _Options:
     factory_options: dict[str, JsonValue]
     inputs: tuple[str, ...] | None
     outputs: tuple[str, ...] | None
+
+    @property
+    def key(self) -> str:
+        """The same for all options that make the same module."""
+        return json.dumps([self.factory, self.factory_options], sort_keys=True, default=repr)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """All that is known of a load before the first weight is read.
+
+    Attributes:
+        layout: what the factory makes.
+        filling: what it is filled with.
+        price: of the model.
+        key: what decides the module.
+    """
+
+    layout: Layout
+    filling: Filling
+    price: Price
+    key: Hashable
 
 
 class TorchRuntime(Runtime):
@@ -58,12 +88,21 @@ class TorchRuntime(Runtime):
     model.safetensors (or shards) in the model's folder, with exactly the names of the state dict;
     of tied names one is enough. Each is used in the type the file has it in.
 
+    What a factory and its options make is built once. Later models of it are clones of that, if it
+    can be cloned; see weights/templates.py. A factory must make the same module every time.
+
     Options:
         factory: "module:function", one of the allowed ones. Required.
         factory_options: table of its keyword arguments.
         inputs: names of the inputs; default: what forward takes.
         outputs: names of the outputs; default: the keys of a dict, else output_0, output_1, ...
             Of a dict they choose and order.
+
+    Args:
+        allowed_factories: "module:function" of what may be called.
+        construction_lock: of all runtimes whose models are built from this process's classes.
+        store: has the models; None: they are read where they lie.
+        pool: holds what models share, or gives it; None: one of its own.
     """
 
     def __init__(
@@ -71,11 +110,15 @@ class TorchRuntime(Runtime):
         *,
         allowed_factories: frozenset[str],
         construction_lock: threading.Lock | None = None,
+        store: WeightStore | None = None,
+        pool: WeightPool | PoolSource | None = None,
     ) -> None:
         self._allowed_factories = allowed_factories
         self._construction_lock = construction_lock or threading.Lock()
-        self._lock = threading.Lock()
-        self._layouts: OrderedDict[str, Layout] = OrderedDict()
+        self._weights = ModelWeights(store, pool)
+        self._layouts: Recent[str, Layout] = Recent(_CACHED)
+        self._plans: Recent[Hashable, _Plan] = Recent(_MAX_PLANS)
+        self._templates = TemplateCache()
 
     @property
     def name(self) -> str:
@@ -84,8 +127,10 @@ class TorchRuntime(Runtime):
 
     def warm_up(self) -> None:
         """Imports torch and what the weights are mapped with."""
+        import modelyard_server.runtimes.filling
         import modelyard_server.runtimes.torch_layouts
-        import modelyard_server.weights.dispatch  # noqa: F401
+        import modelyard_server.weights.dispatch
+        import modelyard_server.weights.holding  # noqa: F401
 
     def check(self, spec: ModelSpec) -> None:
         """Checks the options; imports nothing and touches no files."""
@@ -97,20 +142,11 @@ class TorchRuntime(Runtime):
 
     def price(self, spec: ModelSpec) -> Price:
         """Says what a load takes: the weights as they are filed, and computed buffers."""
-        from modelyard_server.runtimes.torch_layouts import compare, structure_of
-
         try:
-            checkpoint = read_checkpoint(folder_of(spec))
-            layout = self._layout(self._read_options(spec))
-            compare(layout, checkpoint)
-            structure, _ = structure_of(layout, checkpoint)
+            return self._plan(spec, self._read_options(spec)).price
         except BaseException as error:
             forget_frames(error)
             raise
-        resting = structure.size_bytes
-        return Price(
-            resting_bytes=resting, peak_bytes=resting + layout.built_bytes, structure=structure
-        )
 
     def check_request(
         self,
@@ -119,8 +155,8 @@ class TorchRuntime(Runtime):
         parameters: Mapping[str, JsonValue],
     ) -> None:
         """Checks that there are no parameters, and the inputs' names as far as options say them."""
-        _check_parameters(parameters)
-        _input_names(inputs, self._read_options(spec).inputs)
+        check_parameters(parameters)
+        input_names(inputs, self._read_options(spec).inputs)
 
     def load(self, spec: ModelSpec, *, place: Place, stop: StopCheck) -> LoadedModel:
         """Maps the weights, builds the module, binds them to it and moves it to its devices."""
@@ -145,39 +181,92 @@ class TorchRuntime(Runtime):
             factory=factory, factory_options=factory_options, inputs=inputs, outputs=outputs
         )
 
+    def _plan(
+        self, spec: ModelSpec, options: _Options, *, stop: StopCheck = lambda: False
+    ) -> _Plan:
+        from modelyard_server.runtimes.filling import Filling, shared_of
+        from modelyard_server.runtimes.torch_layouts import compare, structure_of
+
+        stored = self._weights.find(spec, stop=stop)
+        content = (content_key(stored), options.key)
+        plan = self._plans.get(content)
+        if plan is not None and (not stored.digest or plan.filling.stored is stored):
+            return plan
+        layout = self._layout(options)
+        compare(layout, stored.checkpoint)
+        structure, filed = structure_of(layout, stored.checkpoint)
+        resting = structure.size_bytes
+        shared = shared_of(structure, filed, stored)
+        plan = _Plan(
+            layout=layout,
+            filling=Filling(stored=stored, structure=structure, filed=filed, shared=shared),
+            price=Price(
+                resting_bytes=resting,
+                peak_bytes=resting + layout.built_bytes,
+                structure=structure,
+                shared=shared,
+            ),
+            key=(options.key, tensors_digest(stored.checkpoint)),
+        )
+        self._plans.put(content, plan)
+        return plan
+
     def _layout(self, options: _Options) -> Layout:
         from modelyard_server.runtimes.torch_layouts import layout_of
 
-        key = json.dumps([options.factory, options.factory_options], sort_keys=True, default=repr)
-        with self._lock:
-            if key in self._layouts:
-                self._layouts.move_to_end(key)
-                return self._layouts[key]
-        with self._construction_lock:
-            layout = layout_of(*_construct(options))
-        with self._lock:
-            self._layouts[key] = layout
-            while len(self._layouts) > _CACHED:
-                self._layouts.popitem(last=False)
+        layout = self._layouts.get(options.key)
+        if layout is None:
+            with self._construction_lock:
+                layout = layout_of(*_construct(options))
+            self._layouts.put(options.key, layout)
         return layout
 
     def _load(self, spec: ModelSpec, place: Place, stop: StopCheck) -> LoadedModel:
-        from modelyard_server.runtimes.torch_layouts import compare, structure_of
-        from modelyard_server.weights.dispatch import check_disk, dispatch
-        from modelyard_server.weights.mapping import map_checkpoint
+        from modelyard_server.runtimes.filling import clone, map_filling, settle
 
         options = self._read_options(spec)
-        checkpoint = read_checkpoint(folder_of(spec))
-        layout = self._layout(options)
-        compare(layout, checkpoint)
-        structure, filed = structure_of(layout, checkpoint)
-        on_disk = frozenset(
-            name for index in check_disk(structure, place) if (name := filed[index]) is not None
-        )
+        plan = self._plan(spec, options, stop=stop)
+        filling = plan.filling
         _check_stop(stop)
-        mapped = map_checkpoint(folder_of(spec), checkpoint, stop=stop, on_disk=on_disk)
-        weights = mapped.tensors
-        for names in layout.aliases:
+        known, template = self._templates.find(plan.key)
+        if template is None or not place.target.is_whole:
+            mapped = map_filling(filling, place, stop)
+            module = None
+            if template is None:
+                module = self._built(plan, options, mapped.tensors, stop)
+                if not known:
+                    template = _template_of(module, mapped.tensors, filling)
+                    self._templates.put(plan.key, template)
+            if template is None or not place.target.is_whole:
+                if template is not None:
+                    module = template.make(mapped.tensors, mapped.tensors)
+                assert module is not None
+                spread, held = settle(
+                    module,
+                    mapped,
+                    filling,
+                    self._weights,
+                    place=place,
+                    lists_are_chains=False,
+                    stop=stop,
+                )
+                return TorchModel(module, spread, options.inputs, options.outputs, held)
+            # What was loaded to learn from makes room for what is loaded to stay.
+            del module, mapped
+        _check_stop(stop)
+        module, spread, held = clone(template, filling, self._weights, place=place, stop=stop)
+        return TorchModel(module, spread, options.inputs, options.outputs, held)
+
+    def _built(
+        self,
+        plan: _Plan,
+        options: _Options,
+        tensors: Mapping[str, torch.Tensor],
+        stop: StopCheck,
+    ) -> torch.nn.Module:
+        """The factory's module over weights."""
+        weights = dict(tensors)
+        for names in plan.layout.aliases:
             held = next(name for name in names if name in weights)
             for name in names:
                 weights.setdefault(name, weights[held])
@@ -192,21 +281,20 @@ class TorchRuntime(Runtime):
             module.load_state_dict(weights, strict=True, assign=True)
         except RuntimeError as error:
             raise ModelFilesError("the weights do not fit the factory's module") from error
-        weights.clear()
-        spread = dispatch(
-            module,
-            structure,
-            place,
-            extents={
-                index: mapped.extents[name]
-                for index, name in enumerate(filed)
-                if name in mapped.extents
-            },
-            lists_are_chains=False,
-            stop=stop,
-        )
-        _check_stop(stop)
-        return _TorchModel(module, spread, options)
+        return module
+
+
+def _template_of(
+    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], filling: Filling
+) -> ModuleTemplate | None:
+    from modelyard_server.weights.templates import Refusal, make_template
+
+    try:
+        template = make_template(module, tensors, sources={})
+    except Refusal as refusal:
+        logger.info("a %s is always built by its factory: %s", type(module).__name__, refusal)
+        return None
+    return template if filling.suits(template) else None
 
 
 def _check_stop(stop: StopCheck) -> None:
@@ -260,121 +348,3 @@ def _is_complete_without_data(module: torch.nn.Module) -> bool:
             if tensor.is_meta and id(tensor) not in filled:
                 return False
     return True
-
-
-def _check_parameters(parameters: Mapping[str, JsonValue]) -> None:
-    for name in parameters:
-        raise OptionError(name[:64], "is not known here; a torch model has no parameters")
-
-
-def _input_names(inputs: Sequence[TensorValue], names: tuple[str, ...] | None) -> list[str]:
-    """What each input is for: a name, or "" for the only one if it goes by its place.
-
-    Args:
-        inputs: of a request.
-        names: of all inputs, if the options say them.
-
-    Raises:
-        TensorError: one of several has no name, or the names are not those of the options.
-    """
-    found = []
-    for value in inputs:
-        if not value.name and len(inputs) > 1:
-            raise TensorError("", "has no name; only a single input may go without")
-        found.append(value.name or (names[0] if names else ""))
-    if names is not None:
-        for name in found:
-            if name not in names:
-                raise TensorError(name, f"is no input; the model takes {', '.join(names)}")
-        for name in names:
-            if name not in found:
-                raise TensorError(name, "is missing")
-    return found
-
-
-class _TorchModel(LoadedModel):
-    def __init__(self, module: torch.nn.Module, spread: Spread, options: _Options) -> None:
-        self._module: torch.nn.Module | None = module
-        self._spread = spread
-        self._inputs = options.inputs
-        self._outputs = options.outputs
-        self._signature = inspect.signature(module.forward)
-
-    def run(
-        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
-    ) -> tuple[TensorValue, ...]:
-        import torch
-
-        try:
-            _check_parameters(parameters)
-            with torch.inference_mode():
-                return self._answer(inputs)
-        except BaseException as error:
-            forget_frames(error)
-            raise
-
-    def _answer(self, inputs: Sequence[TensorValue]) -> tuple[TensorValue, ...]:
-        from modelyard_server.runtimes.conversion import to_torch, to_value
-
-        if self._module is None:
-            raise RuntimeError("the model was closed")
-        positional: list[torch.Tensor] = []
-        named: dict[str, torch.Tensor] = {}
-        for name, value in zip(_input_names(inputs, self._inputs), inputs, strict=True):
-            tensor = to_torch(value, device=self._spread.home_name, writable=True)
-            if name:
-                named[name] = tensor
-            else:
-                positional.append(tensor)
-        if self._inputs is None:
-            self._check_signature(inputs, positional, named)
-        made = self._module(*positional, **named)
-        return tuple(to_value(name, tensor) for name, tensor in self._named(made))
-
-    def _check_signature(
-        self,
-        inputs: Sequence[TensorValue],
-        positional: list[torch.Tensor],
-        named: dict[str, torch.Tensor],
-    ) -> None:
-        try:
-            self._signature.bind(*positional, **named)
-        except TypeError:
-            takes = [
-                parameter.name
-                for parameter in self._signature.parameters.values()
-                if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            ]
-            raise TensorError(
-                inputs[0].name, f"and the others do not fit; the model takes {', '.join(takes)}"
-            ) from None
-
-    def _named(self, made: Any) -> list[tuple[str, torch.Tensor]]:
-        import torch
-
-        if isinstance(made, Mapping):
-            names = tuple(made) if self._outputs is None else self._outputs
-            missing = [name for name in names if name not in made]
-            if missing:
-                raise TypeError(f"the model made no output {missing[0]!r}")
-            values = [made[name] for name in names]
-        else:
-            values = list(made) if isinstance(made, tuple | list) else [made]
-            names = self._outputs or tuple(f"output_{index}" for index in range(len(values)))
-            if len(names) != len(values):
-                raise TypeError(f"the model made {len(values)} outputs instead of {len(names)}")
-        if not values or not all(isinstance(value, torch.Tensor) for value in values):
-            raise TypeError("the model made something that is no tensor, tuple or dict of tensors")
-        if not all(isinstance(name, str) and name for name in names):
-            raise TypeError("the model made a dict whose keys are no names")
-        return list(zip(names, values, strict=True))
-
-    def measured_bytes(self) -> Mapping[int, int]:
-        return {} if self._module is None else self._spread.measured_bytes(self._module)
-
-    def witnesses(self) -> tuple[Witness, ...]:
-        return () if self._module is None else self._spread.witnesses(self._module)
-
-    def close(self) -> None:
-        self._module = None
-        # The signature was taken from the bound method and does not hold it.

@@ -13,23 +13,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 
 from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError, StopCheck
-from modelyard_server.weights.model_files import FolderLike, open_model_file
+from modelyard_server.weights.model_files import FolderLike, OpenFile, open_model_file
+from modelyard_server.weights.pages import advise
 from modelyard_server.weights.safetensors_files import Checkpoint, FileHeader, TensorHeader
 
 __all__ = [
     "TORCH_DTYPES",
     "Extent",
     "MappedCheckpoint",
+    "is_aligned",
     "joined",
     "map_checkpoint",
+    "map_file",
     "mapped_as_filed",
+    "open_checked",
     "populate",
     "release",
 ]
@@ -61,9 +65,9 @@ _MADV_POPULATE_READ = 22
 _CANNOT_READ = frozenset({errno.EFAULT, errno.EIO})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Extent:
-    """A range of bytes of a mapped file.
+    """A range of bytes of a mapped file. Not to be changed; frozen ones take longer to make.
 
     Attributes:
         mapping: the mapped file.
@@ -132,20 +136,65 @@ def mapped_as_filed(checkpoint: Checkpoint) -> frozenset[str]:
         tensor.name
         for header in checkpoint.files
         for tensor in header.tensors
-        if _is_aligned(header, tensor)
+        if is_aligned(header, tensor)
     )
+
+
+@contextlib.contextmanager
+def open_checked(folder: FolderLike, header: FileHeader) -> Iterator[OpenFile]:
+    """Opens the file whose header was checked.
+
+    Args:
+        folder: the folder the header was read in.
+        header: of the file.
+
+    Raises:
+        ModelFilesError: it is another file now, has changed, or cannot be opened.
+    """
+    with open_model_file(folder, header.name) as file:
+        if file.identity != header.identity:
+            raise ModelFilesError(
+                f"{header.name} changed while it was being loaded", transient=True
+            )
+        yield file
+
+
+def map_file(folder: FolderLike, header: FileHeader) -> mmap.mmap:
+    """Maps the file whose header was checked: privately, so that writes never reach the file.
+
+    Raises:
+        ModelFilesError: it is another file now, or cannot be mapped.
+    """
+    with open_checked(folder, header) as file:
+        try:
+            return mmap.mmap(file.descriptor, file.size_bytes, access=mmap.ACCESS_COPY)
+        except OSError:
+            raise ModelFilesError(f"{header.name} cannot be mapped", transient=True) from None
+
+
+def is_aligned(header: FileHeader, tensor: TensorHeader) -> bool:
+    """True if a tensor lies in the mapped file where the processor can use it."""
+    return (header.data_start + tensor.begin) % TORCH_DTYPES[tensor.dtype].itemsize == 0
 
 
 def joined(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     """The same bytes as fewer extents: neighbours in one file become one."""
     merged: list[Extent] = []
+    first: Extent | None = None
+    end = 0
+
+    def close() -> None:
+        if first is not None:
+            whole = end == first.end
+            merged.append(first if whole else replace(first, size_bytes=end - first.start))
+
     for extent in sorted(extents, key=lambda extent: (id(extent.mapping), extent.start)):
-        last = merged[-1] if merged else None
-        if last is not None and last.mapping is extent.mapping and extent.start <= last.end:
-            size_bytes = max(last.end, extent.end) - last.start
-            merged[-1] = replace(last, size_bytes=size_bytes)
-        else:
-            merged.append(extent)
+        if first is not None and first.mapping is extent.mapping and extent.start <= end:
+            end = max(end, extent.end)
+            continue
+        close()
+        first, end = extent, extent.end
+    close()
     return tuple(merged)
 
 
@@ -159,7 +208,7 @@ def populate(extents: Iterable[Extent], *, stop: StopCheck = lambda: False) -> N
     """
     for extent in extents:
         first = extent.start - extent.start % mmap.PAGESIZE
-        _populate(extent.mapping, extent.file, first, extent.end, stop)
+        _populate(extent.address - extent.start, extent.file, first, extent.end, stop)
 
 
 def release(extents: Iterable[Extent]) -> None:
@@ -174,11 +223,8 @@ def release(extents: Iterable[Extent]) -> None:
         if last > first:
             # It is advice: a system that cannot take it keeps the pages until it needs the room.
             with contextlib.suppress(OSError):
-                extent.mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-
-def _is_aligned(header: FileHeader, tensor: TensorHeader) -> bool:
-    return (header.data_start + tensor.begin) % TORCH_DTYPES[tensor.dtype].itemsize == 0
+                base = extent.address - extent.start
+                advise(base + first, last - first, mmap.MADV_DONTNEED)
 
 
 def _map_file(
@@ -188,15 +234,7 @@ def _map_file(
     on_disk: frozenset[str],
     mapped: MappedCheckpoint,
 ) -> None:
-    with open_model_file(folder, header.name) as file:
-        if file.identity != header.identity:
-            raise ModelFilesError(
-                f"{header.name} changed while it was being loaded", transient=True
-            )
-        try:
-            mapping = mmap.mmap(file.descriptor, file.size_bytes, access=mmap.ACCESS_COPY)
-        except OSError:
-            raise ModelFilesError(f"{header.name} cannot be mapped", transient=True) from None
+    mapping = map_file(folder, header)
     extents = {}
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
     for tensor in header.tensors:
@@ -219,7 +257,7 @@ def _map_file(
             raw = torch.frombuffer(
                 mapping, dtype=torch.uint8, count=extent.size_bytes, offset=extent.start
             )
-            if _is_aligned(header, tensor):
+            if is_aligned(header, tensor):
                 mapped.extents[tensor.name] = extent
             else:
                 # The format does not align tensors behind an odd one; the processor wants it.
@@ -228,13 +266,13 @@ def _map_file(
         mapped.tensors[tensor.name] = value
 
 
-def _populate(mapping: mmap.mmap, name: str, first: int, end: int, stop: StopCheck) -> None:
-    # In steps, because the call keeps the interpreter's lock and cannot be cancelled.
+def _populate(base: int, name: str, first: int, end: int, stop: StopCheck) -> None:
+    # In steps, because the call cannot be cancelled.
     for start in range(first, end, _POPULATE_STEP_BYTES):
         if stop():
             raise LoadCancelled
         try:
-            mapping.madvise(_MADV_POPULATE_READ, start, min(_POPULATE_STEP_BYTES, end - start))
+            advise(base + start, min(_POPULATE_STEP_BYTES, end - start), _MADV_POPULATE_READ)
         except OSError as error:
             if error.errno in _CANNOT_READ:
                 raise ModelFilesError(f"{name} cannot be read to its end", transient=True) from None

@@ -25,6 +25,7 @@ __all__ = [
     "check_folder",
     "folder_of",
     "open_model_file",
+    "opened_folder",
     "parse_json",
     "read_model_file",
     "shown",
@@ -91,6 +92,20 @@ def check_folder(folder: FolderLike) -> None:
         ModelFilesError: it is not, or it is reached through a symbolic link.
     """
     os.close(_open_folder(folder))
+
+
+@contextmanager
+def opened_folder(folder: FolderLike) -> Iterator[int]:
+    """Opens a model's folder; names below the descriptor stay in the folder that was opened.
+
+    Raises:
+        ModelFilesError: it is missing, or it is reached through a symbolic link.
+    """
+    descriptor = _open_folder(folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

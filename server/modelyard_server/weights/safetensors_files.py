@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NoReturn
 
@@ -81,6 +81,9 @@ class TensorHeader:
         shape: sizes of the dimensions, outermost first.
         begin: first byte, counted from the start of the file's data.
         end: first byte behind it.
+        identity: the same for exactly the tensors that have the same type, shape and bytes and are
+            the n-th such tensor of their model, so that no two of one model have the same. Empty
+            for a tensor whose bytes have not been looked at.
     """
 
     name: str
@@ -88,6 +91,7 @@ class TensorHeader:
     shape: tuple[int, ...]
     begin: int
     end: int
+    identity: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -106,7 +110,8 @@ class FileHeader:
 
     Attributes:
         name: name of the file in the model's folder.
-        tensors: its tensors in the order of their data, which they fill without a gap.
+        tensors: its tensors in the order of their data. read_header gives all of them, and they
+            fill the data without a gap; a header in a StoredModel has only the model's own.
         data_start: where in the file the data starts.
         identity: what tells the file that was checked from one that took its place.
     """
@@ -122,11 +127,19 @@ class Checkpoint:
     """The headers of all files of a model, whose tensors have distinct names."""
 
     files: tuple[FileHeader, ...]
+    _by_name: dict[str, TensorHeader] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     @property
     def tensors(self) -> dict[str, TensorHeader]:
-        """All tensors by name."""
-        return {tensor.name: tensor for file in self.files for tensor in file.tensors}
+        """All tensors by name. Made once and shared: it is not to be changed."""
+        by_name = self._by_name
+        if by_name is None:
+            by_name = {tensor.name: tensor for file in self.files for tensor in file.tensors}
+            # What is cached is no part of the value.
+            object.__setattr__(self, "_by_name", by_name)
+        return by_name
 
     @property
     def size_bytes(self) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,14 @@ _TABLES: dict[str, Any] = {
 
 _EARLIER_KEYS = frozenset(
     {
+        # Of DeBERTa, which reads them without ever having declared them.
+        "attention_head_size",
+        "conv_act",
+        "conv_groups",
+        "conv_kernel_size",
+        "norm_rel_ebd",
+        "position_buckets",
+        "share_att_key",
         "num_labels",
         "original_max_position_embeddings",
         "partial_rotary_factor",
@@ -37,6 +47,10 @@ _EARLIER_KEYS = frozenset(
 """Keys that configuration classes still read although they no longer declare them."""
 
 
+LABELS = ("id2label", "label2id")
+"""Settings that shape no module but by their number."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """A model class, what it is built from, and the configuration object.
@@ -45,11 +59,20 @@ class Architecture:
         model_class: class of the transformers library.
         config: its configuration; not to be changed.
         arguments: further arguments of the model class.
+        shape: the same for exactly the configurations that make the same modules: all that the
+            class is told but the names of labels.
     """
 
     model_class: Any
     config: Any
     arguments: dict[str, Any]
+    shape: bytes
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Attributes of the configuration in which models of one shape differ; copies."""
+        values = {name: getattr(self.config, name, None) for name in LABELS}
+        return {n: dict(value) if isinstance(value, dict) else value for n, value in values.items()}
 
 
 def find_architecture(config: ModelConfig, task: str) -> Architecture:
@@ -82,17 +105,30 @@ def find_architecture(config: ModelConfig, task: str) -> Architecture:
             f"{task} needs {name}"
         )
     model_class = getattr(transformers, name)
-    config_object = _config_object(config)
+    values = _values(config)
+    config_object = _config_object(config, values)
     if getattr(config_object, "is_encoder_decoder", False):
         raise ModelFilesError(f"{CONFIG_FILE}: encoder-decoder models are not served")
     arguments = {}
     if extracts and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         # It would be computed and thrown away, and checkpoints of other heads do not have it.
         arguments["add_pooling_layer"] = False
-    return Architecture(model_class=model_class, config=config_object, arguments=arguments)
+    return Architecture(
+        model_class=model_class,
+        config=config_object,
+        arguments=arguments,
+        shape=_shape(values, config_object),
+    )
 
 
-def _config_object(config: ModelConfig) -> Any:
+def _shape(values: dict[str, Any], config: Any) -> bytes:
+    shaping = {name: value for name, value in values.items() if name not in LABELS}
+    shaping["num_labels"] = getattr(config, "num_labels", None)
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).digest()
+
+
+def _values(config: ModelConfig) -> dict[str, Any]:
+    """What the configuration class is told."""
     config_class = CONFIG_MAPPING[config.model_type]
     # Only keys that the class declares: it would set any other as an attribute of itself.
     known = {field.name for field in dataclasses.fields(config_class)}
@@ -104,10 +140,14 @@ def _config_object(config: ModelConfig) -> Any:
     }
     known |= _EARLIER_KEYS
     known -= {"self", "architectures", "dtype", "transformers_version"}
+    # What comes back in tuples or attribute dictionaries is not the runtime's to rely on: text
+    # tasks always ask for the latter.
+    return config.selected(known) | {"return_dict": True}
+
+
+def _config_object(config: ModelConfig, values: dict[str, Any]) -> Any:
     try:
-        # What comes back in tuples or attribute dictionaries is not the runtime's to rely on: text
-        # tasks always ask for the latter.
-        return config_class(**(config.selected(known) | {"return_dict": True}))
+        return CONFIG_MAPPING[config.model_type](**values)
     except Exception as error:
         # The library checks with assertions, lookups and arithmetic alike.
         raise ModelFilesError(

@@ -10,6 +10,7 @@ import torch
 
 from modelyard_server.runtimes.api import JsonValue, LoadedModel, Witness
 from modelyard_server.runtimes.frames import forget_frames
+from modelyard_server.runtimes.model_weights import HeldWeights
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.tensors import TensorValue
 from modelyard_server.weights.storages import Spread
@@ -27,8 +28,13 @@ class HfModel(LoadedModel):
 
     def __init__(self, module: torch.nn.Module, spread: Spread) -> None:
         self._held: torch.nn.Module | None = module
+        self._weights: HeldWeights | None = None
         self._spread = spread
         self._device = spread.home_name
+
+    def own(self, weights: HeldWeights) -> None:
+        """Makes the model the owner of what its module hangs over; close releases it."""
+        self._weights = weights
 
     @property
     def _module(self) -> Any:
@@ -55,15 +61,29 @@ class HfModel(LoadedModel):
 
     def measured_bytes(self) -> Mapping[int, int]:
         """Bytes of the unique storages the model holds now, by device; none once it is closed."""
-        return {} if self._held is None else self._spread.measured_bytes(self._held)
+        if self._held is None:
+            return {}
+        if self._weights is not None:
+            return self._weights.measured_bytes(self._held, self._spread)
+        return self._spread.measured_bytes(self._held)
+
+    def shared_bytes(self) -> Mapping[int, Mapping[str, int]]:
+        """What it holds together with others, by device and identity."""
+        return {} if self._weights is None else self._weights.shared_bytes()
 
     def witnesses(self) -> tuple[Witness, ...]:
         """Weak references to the module, its parameters and its buffers."""
-        return () if self._held is None else self._spread.witnesses(self._held)
+        if self._held is None:
+            return ()
+        weights = () if self._weights is None else self._weights.witnesses()
+        return (*self._spread.witnesses(self._held), *weights)
 
     def close(self) -> None:
-        """Drops the module."""
+        """Drops the module, and lets go of the tensors that others may have as well."""
         self._held = None
+        if self._weights is not None:
+            self._weights.release()
+            self._weights = None
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:

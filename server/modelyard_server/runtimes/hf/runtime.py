@@ -5,8 +5,10 @@ made, and filling it with tensors that we mapped (`from_pretrained` without a fo
 finds no file that we did not read: adapters, distributed checkpoints and custom generation code are
 all looked for there). It takes care of renamed and fused weights and of ties.
 
-Loads take turns: the library sets the process's default type and patches constructors while it
-builds. What remains outside the lock is reading the files and moving to the devices.
+The first load of an architecture takes turns with others: the library sets the process's default
+type and patches constructors while it builds. A template is made of what it has built (see
+weights/templates.py), and later loads need neither the library nor the lock. Models that cannot
+have a template are loaded in the first way every time.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from modelyard_server.runtimes.api import (
     LoadCancelled,
@@ -30,27 +32,34 @@ from modelyard_server.runtimes.api import (
 )
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.hf.requests import check_request
+from modelyard_server.runtimes.model_weights import ModelWeights, content_key
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.weights.model_config import read_json_object, read_model_config
-from modelyard_server.weights.model_files import folder_of
-from modelyard_server.weights.safetensors_files import read_checkpoint
+from modelyard_server.weights.store.recent import Recent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    import torch
+    from collections.abc import Hashable, Mapping, Sequence
 
     from modelyard_server.runtimes.api import JsonValue
-    from modelyard_server.runtimes.hf.architectures import Architecture
-    from modelyard_server.runtimes.hf.skeletons import Pricing, SkeletonCache
+    from modelyard_server.runtimes.hf.loading import Loader, Plan
+    from modelyard_server.runtimes.hf.model import HfModel
+    from modelyard_server.runtimes.hf.skeletons import SkeletonCache
+    from modelyard_server.runtimes.hf.tokenizing import TokenizerCache
+    from modelyard_server.runtimes.model_weights import PoolSource
     from modelyard_server.runtimes.targets import Place
     from modelyard_server.runtimes.tensors import TensorValue
+    from modelyard_server.weights.holding import WeightPool
     from modelyard_server.weights.model_config import ModelConfig
     from modelyard_server.weights.model_files import FolderLike
     from modelyard_server.weights.safetensors_files import Checkpoint
     from modelyard_server.weights.storages import Spread
+    from modelyard_server.weights.store import WeightStore
+    from modelyard_server.weights.stored import StoredModel
 
 __all__ = ["TASKS", "TransformersRuntime"]
+
+
+logger = logging.getLogger(__name__)
 
 TASKS = (
     "feature-extraction",
@@ -64,6 +73,7 @@ _DEFAULT_BATCH_SIZE = 32
 _MAX_BATCH_SIZE = 4_096
 _MAX_LENGTH = 1_048_576
 _SHARED_LAYERS = 48
+_MAX_PLANS = 512
 _LENGTH_WITHOUT_LIMIT = 4_096
 """Most tokens of a text for a model that has no limit of its own: relative positions, no tables."""
 
@@ -77,14 +87,18 @@ class _Options:
     top_k: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """All that is known of a load before the first weight is read."""
+@dataclass(frozen=True, slots=True)
+class _Activations:
+    """What a run of the largest batch takes, in bytes; 0 if nobody knows."""
 
-    architecture: Architecture
-    checkpoint: Checkpoint
-    dtype: torch.dtype
-    pricing: Pricing
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Positions:
+    """Most tokens that a model has positions for; None if it has no table of them."""
+
+    count: int | None
 
 
 class TransformersRuntime(Runtime):
@@ -96,10 +110,29 @@ class TransformersRuntime(Runtime):
         pooling: "mean", "cls" or "none" (feature-extraction).
         normalize: make vectors of length one, default false (feature-extraction).
         top_k: fillings a text, default 5 (fill-mask).
+
+    Args:
+        construction_lock: of all runtimes whose models are built from this process's classes.
+        store: has the models; None: they are read where they lie.
+        pool: holds what models share, or gives it; None: one of its own.
+        predicts_runs: a price says what runs take as well; it takes some tenths of a second for
+            each architecture and setting.
     """
 
-    def __init__(self, *, construction_lock: threading.Lock | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        construction_lock: threading.Lock | None = None,
+        store: WeightStore | None = None,
+        pool: WeightPool | PoolSource | None = None,
+        predicts_runs: bool = False,
+    ) -> None:
+        self._predicts_runs = predicts_runs
+        self._activations: Recent[Hashable, _Activations] = Recent(_MAX_PLANS)
         self._construction_lock = construction_lock or threading.Lock()
+        self._weights = ModelWeights(store, pool)
+        self._plans: Recent[Hashable, Plan] = Recent(_MAX_PLANS)
+        self._positions: Recent[Hashable, _Positions] = Recent(_MAX_PLANS)
 
     @property
     def name(self) -> str:
@@ -112,16 +145,28 @@ class TransformersRuntime(Runtime):
 
         return SkeletonCache(self._construction_lock)
 
+    @cached_property
+    def _loader(self) -> Loader:
+        from modelyard_server.runtimes.hf.loading import Loader
+
+        return Loader(self._construction_lock, self._weights)
+
+    @cached_property
+    def _tokenizers(self) -> TokenizerCache:
+        from modelyard_server.runtimes.hf.tokenizing import TokenizerCache
+
+        return TokenizerCache()
+
     def warm_up(self) -> None:
         """Imports the libraries, which takes seconds, and forbids them the network for good."""
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
         # The modules of the tasks import what the tasks need, a model's class what it needs.
         from modelyard_server.runtimes.hf import architectures, generation, image  # noqa: F401
-        from modelyard_server.weights import dispatch  # noqa: F401
+        from modelyard_server.runtimes.hf.loading import quiet
 
         with self._construction_lock:
-            _quiet()
+            quiet()
 
     def check(self, spec: ModelSpec) -> None:
         """Checks task and options; touches no files."""
@@ -134,7 +179,11 @@ class TransformersRuntime(Runtime):
     def price(self, spec: ModelSpec) -> Price:
         """Says what a load takes, from config.json and the headers of the weights."""
         try:
-            return self._plan(spec).pricing.price
+            plan = self._plan(spec)
+            price = plan.pricing.price
+            if not self._predicts_runs:
+                return price
+            return replace(price, activation_bytes=self._activation_bytes(plan, spec))
         except BaseException as error:
             forget_frames(error)
             raise
@@ -157,57 +206,160 @@ class TransformersRuntime(Runtime):
             forget_frames(error)
             raise
 
-    def _plan(self, spec: ModelSpec) -> _Plan:
+    def _plan(self, spec: ModelSpec, *, stop: StopCheck = lambda: False) -> Plan:
+        stored = self._weights.find(spec, stop=stop)
+        config = None if stored.digest else read_model_config(stored.folder)
+        # Of a folder that is read in place nothing stands for its configuration but the file.
+        content = (content_key(stored), config.digest if config is not None else "", spec.task)
+        plan = self._plans.get(content)
+        if plan is None or (stored.digest and plan.stored is not stored):
+            plan = self._made_plan(stored, config or read_model_config(stored.folder), spec.task)
+            self._plans.put(content, plan)
+        return plan
+
+    def _made_plan(self, stored: StoredModel, config: ModelConfig, task: str) -> Plan:
         from modelyard_server.runtimes.hf.architectures import find_architecture
+        from modelyard_server.runtimes.hf.loading import Plan, key_of
         from modelyard_server.runtimes.hf.skeletons import checkpoint_dtype, price_of
 
-        config = read_model_config(folder_of(spec))
-        checkpoint = read_checkpoint(folder_of(spec))
-        _check_layers(config, checkpoint)
-        architecture = find_architecture(config, spec.task)
-        dtype = checkpoint_dtype(config.dtype, checkpoint)
+        _check_layers(config, stored.checkpoint)
+        architecture = find_architecture(config, task)
+        dtype = checkpoint_dtype(config.dtype, stored.checkpoint)
         skeleton = self._skeletons.get(architecture, dtype, config.digest)
-        return _Plan(
+        pricing = price_of(skeleton, stored)
+        return Plan(
+            stored=stored,
             architecture=architecture,
-            checkpoint=checkpoint,
             dtype=dtype,
-            pricing=price_of(skeleton, checkpoint),
+            pricing=pricing,
+            key=key_of(architecture, dtype, stored, pricing),
         )
+
+    def _activation_bytes(self, plan: Plan, spec: ModelSpec) -> int:
+        """What the largest batch of a run takes, as far as the configuration tells; 0: unknown."""
+        options, config = _read_options(spec), plan.architecture.config
+        own = getattr(config, "max_position_embeddings", None)
+        longest = own if isinstance(own, int) and own > 0 else _LENGTH_WITHOUT_LIMIT
+        length = min(options.max_length or longest, longest)
+        limits = (spec.task, options.batch_size, length)
+        key = None if plan.key is None else (plan.key, *limits)
+        known = None if key is None else self._activations.get(key)
+        if known is None:
+            known = _Activations(self._predicted(plan, *limits))
+            if key is not None:
+                self._activations.put(key, known)
+        return known.size_bytes
+
+    def _predicted(self, plan: Plan, task: str, batch_size: int, length: int) -> int:
+        import torch
+
+        from modelyard_server.runtimes.hf.activations import predict_for_task
+
+        architecture = plan.architecture
+        try:
+            with self._construction_lock, torch.device("meta"):
+                module = architecture.model_class._from_config(
+                    architecture.config, dtype=plan.dtype, **architecture.arguments
+                )
+            with self._construction_lock:
+                return predict_for_task(module, architecture.config, task, batch_size, length)
+        except Exception as error:
+            # Code of a model, of which nothing but a number was wanted.
+            forget_frames(error)
+            name = architecture.model_class.__name__
+            logger.info("what runs of a %s take is not known (%s)", name, type(error).__name__)
+            return 0
 
     def _load(self, spec: ModelSpec, place: Place, stop: StopCheck) -> LoadedModel:
-        from modelyard_server.weights.dispatch import check_disk, dispatch
-        from modelyard_server.weights.mapping import map_checkpoint
-
         options = _read_options(spec)
         _check_stop(stop)
-        plan = self._plan(spec)
-        structure, filed = plan.pricing.structure, plan.pricing.filed
-        on_disk = frozenset(
-            name for index in check_disk(structure, place) if (name := filed[index]) is not None
-        )
+        plan = self._plan(spec, stop=stop)
         _check_stop(stop)
-        mapped = map_checkpoint(folder_of(spec), plan.checkpoint, stop=stop, on_disk=on_disk)
-        with self._construction_lock:
-            _check_stop(stop)
-            _quiet()
-            module = _build(plan, mapped.tensors)
-        mapped.tensors.clear()
-        module.eval()
-        module.requires_grad_(False)
-        _check_stop(stop)
-        spread = dispatch(
-            module,
-            structure,
-            place,
-            extents={
-                index: mapped.extents[name]
-                for index, name in enumerate(filed)
-                if name in mapped.extents
-            },
-            lists_are_chains=True,
-            stop=stop,
+        module, spread, held = self._loader.load(plan, place, stop)
+        try:
+            loaded = self._with_task(module, spread, spec, plan, options)
+        except BaseException:
+            if held is not None:
+                held.release()
+            raise
+        if held is not None:
+            loaded.own(held)
+        return loaded
+
+    def _with_task(
+        self, module: Any, spread: Spread, spec: ModelSpec, plan: Plan, options: _Options
+    ) -> HfModel:
+        from modelyard_server.runtimes.hf.generation import TextGenerator
+        from modelyard_server.runtimes.hf.image import ImageClassifier, read_preparation
+        from modelyard_server.runtimes.hf.text import FeatureExtractor, MaskFiller, TextClassifier
+        from modelyard_server.runtimes.hf.tokenizing import TextTokenizer
+
+        folder = plan.stored.folder
+        config = module.config
+        batch_size = options.batch_size
+        if spec.task == "image-classification":
+            channels = getattr(config, "num_channels", 3)
+            preparation = read_preparation(folder, channels=channels)
+            return ImageClassifier(module, spread, preparation, batch_size=batch_size)
+        embeddings = module.get_input_embeddings()
+        if module.main_input_name != "input_ids" or embeddings is None:
+            raise ModelFilesError(f"a {type(module).__name__} does not take texts")
+        pad_id = getattr(config, "pad_token_id", None)
+        tokenizer = TextTokenizer(
+            self._tokenizers.get(folder, digest=plan.stored.digest),
+            pad_id=pad_id,
+            id_limit=embeddings.weight.shape[0],
         )
-        return _with_task(module, spread, spec, options)
+        own = self._own_length(module, plan, tokenizer.max_length)
+        if options.max_length is not None and options.max_length > own:
+            raise ModelFilesError(
+                f"option max_length is {options.max_length}, but the model takes {own} tokens"
+            )
+        max_length = options.max_length or own
+        tokenizer.limit(max_length)
+        match spec.task:
+            case "feature-extraction":
+                return FeatureExtractor(
+                    module,
+                    spread,
+                    tokenizer,
+                    batch_size=batch_size,
+                    pooling=options.pooling,
+                    normalize=options.normalize,
+                )
+            case "text-classification":
+                if pad_id is None and hasattr(module, "score"):
+                    # Decoders classify by the last token, and find it by the padding behind it.
+                    batch_size = 1
+                return TextClassifier(module, spread, tokenizer, batch_size=batch_size)
+            case "fill-mask":
+                if tokenizer.mask_id is None:
+                    raise ModelFilesError("the tokenizer has no mask token; fill-mask needs one")
+                return MaskFiller(
+                    module, spread, tokenizer, batch_size=batch_size, top_k=options.top_k
+                )
+            case _:
+                return TextGenerator(
+                    module,
+                    spread,
+                    tokenizer,
+                    batch_size=batch_size,
+                    max_length=max_length,
+                    end_ids=_end_ids(folder, config),
+                )
+
+    def _own_length(self, module: Any, plan: Plan, of_tokenizer: int | None) -> int:
+        """Most tokens that the model's positions and its tokenizer's file allow."""
+        positions = self._positions.get(plan.key)
+        if positions is None:
+            positions = _positions_of(module)
+            if plan.key is not None:
+                self._positions.put(plan.key, positions)
+        limits = (of_tokenizer, positions.count)
+        own = min((limit for limit in limits if limit is not None), default=_LENGTH_WITHOUT_LIMIT)
+        if own < 1:
+            raise ModelFilesError("the model takes no tokens: max_position_embeddings is too small")
+        return own
 
 
 def _check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
@@ -246,125 +398,18 @@ def _check_stop(stop: StopCheck) -> None:
         raise LoadCancelled
 
 
-def _quiet() -> None:
-    """Keeps the library from drawing progress bars and tables into the server's log."""
-    from transformers.utils import logging as library
-
-    cast("Callable[[], None]", library.disable_progress_bar)()
-    library.set_verbosity(logging.CRITICAL)
-
-
-def _build(plan: _Plan, weights: dict[str, torch.Tensor]) -> Any:
-    import torch
-
-    model_class = plan.architecture.model_class
-    try:
-        module, report = model_class.from_pretrained(
-            None,
-            config=plan.architecture.config,
-            state_dict=weights,
-            dtype=plan.dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **plan.architecture.arguments,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        # Its texts name files and classes of the library: kept for the log, not for clients.
-        raise ModelFilesError(
-            f"the weights do not make a {model_class.__name__} ({type(error).__name__})"
-        ) from error
-    for problem, keys in (
-        ("lack", report["missing_keys"]),
-        ("have the wrong shape for", report["mismatched_keys"]),
-    ):
-        if keys:
-            # The library has filled them with random numbers.
-            first = min(key if isinstance(key, str) else str(key[0]) for key in keys)
-            raise ModelFilesError(
-                f"the weights {problem} {len(keys)} parameters of a {model_class.__name__}, for "
-                f"instance {first[:100]}"
-            )
-    if report["error_msgs"] or any(parameter.is_meta for parameter in module.parameters()):
-        raise ModelFilesError(f"the weights do not fill a {model_class.__name__}")
-    return module
-
-
-def _with_task(module: Any, spread: Spread, spec: ModelSpec, options: _Options) -> LoadedModel:
-    from modelyard_server.runtimes.hf.generation import TextGenerator
-    from modelyard_server.runtimes.hf.image import ImageClassifier, read_preparation
-    from modelyard_server.runtimes.hf.text import FeatureExtractor, MaskFiller, TextClassifier
-    from modelyard_server.runtimes.hf.tokenizing import read_tokenizer
-
-    folder = folder_of(spec)
-    config = module.config
-    batch_size = options.batch_size
-    if spec.task == "image-classification":
-        channels = getattr(config, "num_channels", 3)
-        preparation = read_preparation(folder, channels=channels)
-        return ImageClassifier(module, spread, preparation, batch_size=batch_size)
-    embeddings = module.get_input_embeddings()
-    if module.main_input_name != "input_ids" or embeddings is None:
-        raise ModelFilesError(f"a {type(module).__name__} does not take texts")
-    pad_id = getattr(config, "pad_token_id", None)
-    tokenizer = read_tokenizer(folder, pad_id=pad_id, id_limit=embeddings.weight.shape[0])
-    own = _own_length(module, tokenizer.max_length)
-    if options.max_length is not None and options.max_length > own:
-        raise ModelFilesError(
-            f"option max_length is {options.max_length}, but the model takes {own} tokens"
-        )
-    max_length = options.max_length or own
-    tokenizer.limit(max_length)
-    match spec.task:
-        case "feature-extraction":
-            return FeatureExtractor(
-                module,
-                spread,
-                tokenizer,
-                batch_size=batch_size,
-                pooling=options.pooling,
-                normalize=options.normalize,
-            )
-        case "text-classification":
-            if pad_id is None and hasattr(module, "score"):
-                # Decoders classify by the last token, and find it by the padding behind it.
-                batch_size = 1
-            return TextClassifier(module, spread, tokenizer, batch_size=batch_size)
-        case "fill-mask":
-            if tokenizer.mask_id is None:
-                raise ModelFilesError("the tokenizer has no mask token; fill-mask needs one")
-            return MaskFiller(module, spread, tokenizer, batch_size=batch_size, top_k=options.top_k)
-        case _:
-            return TextGenerator(
-                module,
-                spread,
-                tokenizer,
-                batch_size=batch_size,
-                max_length=max_length,
-                end_ids=_end_ids(folder, config),
-            )
-
-
-def _own_length(module: Any, of_tokenizer: int | None) -> int:
-    """Most tokens that the model's positions and its tokenizer's file allow."""
-    limits = [] if of_tokenizer is None else [of_tokenizer]
+def _positions_of(module: Any) -> _Positions:
     positions = getattr(module.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        # RoBERTa and its kin count positions from behind the padding id.
-        offsets = [
-            embedding.padding_idx + 1
-            for name, embedding in module.named_modules()
-            if name.endswith("position_embeddings")
-            and getattr(embedding, "padding_idx", None) is not None
-        ]
-        limits.append(positions - max(offsets, default=0))
-    own = min(limits, default=_LENGTH_WITHOUT_LIMIT)
-    if own < 1:
-        raise ModelFilesError("the model takes no tokens: max_position_embeddings is too small")
-    return own
+    if not isinstance(positions, int) or positions <= 0:
+        return _Positions(count=None)
+    # RoBERTa and its kin count positions from behind the padding id.
+    offsets = [
+        embedding.padding_idx + 1
+        for name, embedding in module.named_modules()
+        if name.endswith("position_embeddings")
+        and getattr(embedding, "padding_idx", None) is not None
+    ]
+    return _Positions(count=positions - max(offsets, default=0))
 
 
 def _end_ids(folder: FolderLike, config: Any) -> list[int]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from modelyard_server.runtimes.api import ModelFilesError, Price
+from modelyard_server.runtimes.filling import shared_of
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.hf.architectures import Architecture
 from modelyard_server.runtimes.hf.renaming import Renaming
@@ -24,6 +26,7 @@ from modelyard_server.weights.mapping import TORCH_DTYPES, mapped_as_filed
 from modelyard_server.weights.model_config import CONFIG_FILE
 from modelyard_server.weights.model_files import shown
 from modelyard_server.weights.safetensors_files import Checkpoint, TensorHeader
+from modelyard_server.weights.stored import StoredModel
 from modelyard_server.weights.structures import blocks_of, tensors_of, units_of
 
 __all__ = ["Pricing", "Skeleton", "SkeletonCache", "checkpoint_dtype", "price_of"]
@@ -97,11 +100,16 @@ class Pricing:
         structure: the price's.
         filed: for each tensor of the structure that is used as the weights hold it, its
             name there; None for the others.
+        sources: by name in the model, the name in the file of each tensor that is only renamed.
+        doubled: of each tied tensor that the file holds several times, the names there. Whether
+            the model ties them depends on whether they are the same.
     """
 
     price: Price
     structure: Structure
     filed: tuple[str | None, ...]
+    sources: Mapping[str, str]
+    doubled: tuple[tuple[str, ...], ...]
 
 
 class SkeletonCache:
@@ -235,12 +243,13 @@ def checkpoint_dtype(asked: str | None, checkpoint: Checkpoint) -> torch.dtype:
     return torch.float32
 
 
-def price_of(skeleton: Skeleton, checkpoint: Checkpoint) -> Pricing:
+def price_of(skeleton: Skeleton, stored: StoredModel) -> Pricing:
     """Compares a skeleton with the weights that are to fill it, and says what that will take.
 
     Raises:
         ModelFilesError: the configuration describes another model than the weights hold.
     """
+    checkpoint = stored.checkpoint
     claimed = sum(parameter.element_count for parameter in skeleton.parameters)
     tensors = checkpoint.tensors
     held = sum(tensor.element_count for tensor in tensors.values())
@@ -267,21 +276,34 @@ def price_of(skeleton: Skeleton, checkpoint: Checkpoint) -> Pricing:
                 f"{list(parameter.shape)} by {CONFIG_FILE}"
             )
         copies = copies or TORCH_DTYPES[found.dtype] != parameter.dtype
-    filed = _filed(skeleton, checkpoint, tensors)
+    sources = skeleton.renaming.sources(frozenset(tensors))
+    filed = _filed(skeleton, checkpoint, sources)
     structure = _structure(skeleton.structure, filed)
     resting = structure.size_bytes
     # What is neither converted nor fused is mapped where it lies and never exists twice.
     peak = resting + (checkpoint.size_bytes if copies else 0)
-    price = Price(resting_bytes=resting, peak_bytes=peak, structure=structure)
-    return Pricing(price=price, structure=structure, filed=filed)
+    price = Price(
+        resting_bytes=resting,
+        peak_bytes=peak,
+        structure=structure,
+        shared=shared_of(structure, filed, stored),
+    )
+    named = ({sources[name] for name in t.names if name in sources} for t in skeleton.tensors)
+    return Pricing(
+        price=price,
+        structure=structure,
+        filed=filed,
+        sources=sources,
+        doubled=tuple(tuple(sorted(names)) for names in named if len(names) > 1),
+    )
 
 
 def _filed(
-    skeleton: Skeleton, checkpoint: Checkpoint, tensors: dict[str, TensorHeader]
+    skeleton: Skeleton, checkpoint: Checkpoint, sources: Mapping[str, str]
 ) -> tuple[str | None, ...]:
     """For each tensor of a skeleton its name in the file, if it is used as it lies there."""
     in_place = mapped_as_filed(checkpoint)
-    sources = skeleton.renaming.sources(frozenset(tensors))
+    tensors = checkpoint.tensors
     filed: list[str | None] = []
     for tensor in skeleton.tensors:
         # Of a tied tensor that is filed twice only the library knows which it takes.

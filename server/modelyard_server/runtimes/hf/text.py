@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,8 +36,7 @@ class _TextModel(HfModel):
         # GPT-2 would take them too, and add the embedding of token 0 to every token.
         config: Any = module.config
         self._takes_types = (
-            "token_type_ids" in inspect.signature(module.forward).parameters
-            and getattr(config, "type_vocab_size", 0) > 0
+            _takes_types(type(module).forward) and getattr(config, "type_vocab_size", 0) > 0
         )
 
     def _forward(self, batch: TokenBatch) -> Any:
@@ -49,6 +49,11 @@ class _TextModel(HfModel):
     def _answer(
         self, inputs: Sequence[TensorValue], parameters: OptionReader
     ) -> tuple[TensorValue, ...]: ...
+
+
+@lru_cache(maxsize=256)
+def _takes_types(forward: Callable[..., Any]) -> bool:
+    return "token_type_ids" in inspect.signature(forward).parameters
 
 
 class FeatureExtractor(_TextModel):
