@@ -77,7 +77,6 @@ async def test_a_model_in_parts_is_loaded_and_run_by_the_threads_of_its_home_alo
         get_num_threads=lambda: 0,
         set_num_threads=lambda n: threads.update({threading.current_thread().name: n}),
     )
-    monkeypatch.setitem(sys.modules, "torch", torch)
     where: list[str] = []
     runtime.on_run = lambda toy: where.append(threading.current_thread().name)
     devices = [
@@ -85,6 +84,7 @@ async def test_a_model_in_parts_is_loaded_and_run_by_the_threads_of_its_home_alo
         for device, n in zip(toy_devices("cpu", "cpu"), (2, 5), strict=True)
     ]
     async with running_engine(runtime, devices) as engine:
+        monkeypatch.setitem(sys.modules, "torch", torch)  # Its threads have been warmed by then.
         await engine.load(1, spec_of(size=SIZES), replace(SPLIT, home=1))
         assert await Answer(engine, 1).get() == (INPUT,)
         await engine.unload(1)

@@ -38,7 +38,8 @@ async def run_leased(
         Refusal: DEADLINE_IN_RUN. The work is counted until it ends.
         TensorError: an input does not fit the model.
         OptionError: a parameter the model does not know.
-        ModelFailed: the model raised.
+        ModelFailed: the model raised, or ended its worker.
+        WorkerLost: its worker died before the work began.
     """
     pending = _Pending(lease)
     try:

@@ -17,7 +17,17 @@ from modelyard_server.runtimes.api import JsonValue, ModelSpec, Price
 from modelyard_server.runtimes.targets import Target
 from modelyard_server.runtimes.tensors import TensorValue
 
-__all__ = ["DeviceMemory", "Engine", "EngineDevice", "ModelFailed", "RunOutcome", "Work"]
+__all__ = [
+    "DeviceMemory",
+    "Engine",
+    "EngineDevice",
+    "ModelFailed",
+    "OnLost",
+    "RunOutcome",
+    "Work",
+    "WorkerDeath",
+    "WorkerLost",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +41,15 @@ class EngineDevice:
         threads: intra-op threads of its lane.
         transfer_bytes_per_s: a logical device's bandwidth: its loads take at least as long as their
             bytes do at this speed. 0 for no limit.
+        group: devices of one group share a worker, where the engine has workers; a model in parts
+            must be in one. A disk is of every group.
     """
 
     name: str
     torch_device: str
     threads: int
     transfer_bytes_per_s: int = 0
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +79,42 @@ class ModelFailed(Exception):
         self.log_text = log_text
 
 
+class WorkerLost(Exception):
+    """The model is gone with the process it was in, and did not run; it may run another time.
+
+    Attributes:
+        text: what became of the process; shown to the client.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerDeath:
+    """A worker process has ended without being asked to.
+
+    Attributes:
+        worker: what it is called in the log.
+        models: the yard's ids of those that were loaded in it; each is still to be unloaded, which
+            answers at once.
+        suspects: ids of those that were running or being loaded at that moment; of the one that is
+            to blame alone, where that is known.
+        cause: why, for people.
+    """
+
+    worker: str
+    models: frozenset[int]
+    suspects: tuple[int, ...]
+    cause: str
+
+
+OnLost = Callable[[WorkerDeath], None]
+"""Called on the event loop when a worker has died, before the outcomes of what ran there are."""
+
 RunOutcome = tuple[TensorValue, ...] | BaseException
-"""Outputs, or TensorError, OptionError or ModelFailed."""
+"""Outputs, or TensorError, OptionError, ModelFailed or WorkerLost."""
 
 
 class Work(Protocol):
@@ -113,7 +160,8 @@ class Engine(Protocol):
         """Brings a model onto its devices.
 
         Returns:
-            Bytes it really holds, by position of the device.
+            Bytes that are really its own, by position of the device: what it holds without the
+            tensors of LoadedModel.shared_bytes.
 
         Raises:
             ModelFilesError: its files are not what they should be.
@@ -128,8 +176,9 @@ class Engine(Protocol):
         """Drops a model and waits until its memory is back.
 
         Returns:
-            Bytes that are measurably back, by position of each device it was on. The rest is still
-            held by somebody; see recheck.
+            By position of each device it was on, the bytes that are measurably back: all that it
+            held there, shared tensors included whoever else holds them, or 0 if any of it is still
+            held in its name; see recheck.
         """
 
     async def recheck(self, model: int) -> Mapping[int, int]:
@@ -155,6 +204,13 @@ class Engine(Protocol):
             on_done: called on the loop, once, when the work has really ended, with the outputs or
                 the error; with None if it was abandoned before it began.
         """
+
+    def set_budget(self, device: int, budget_bytes: int) -> None:
+        """A device may hold so much from now on: what holds models to it is to know."""
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """Numbers of the processes that models run in, by what they are called; of this one not."""
 
     def memory(self, device: int) -> DeviceMemory:
         """What is measured on a device."""

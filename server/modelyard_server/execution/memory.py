@@ -9,8 +9,10 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from modelyard_server.execution.engine import DeviceMemory
 from modelyard_server.runtimes.api import LoadedModel, Witness
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 class MeasuredMemory:
     """Measured bytes of a device; written from loader threads and from the loop.
 
+    What models hold together counts once, for as long as one of them holds it.
+
     Attributes:
         now: bytes now.
         peak: highest value of it.
@@ -32,13 +36,28 @@ class MeasuredMemory:
 
     now: int = 0
     peak: int = 0
+    _holders: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, size_bytes: int) -> None:
-        """Adds bytes; negative ones are taken off."""
+    def add(self, own_bytes: int, shared: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Adds what a model holds: alone, and together with others, bytes by identity."""
         with self._lock:
-            self.now += size_bytes
+            self.now += own_bytes
+            for identity, size_bytes in shared.items():
+                self._holders[identity] += 1
+                if self._holders[identity] == 1:
+                    self.now += size_bytes
             self.peak = max(self.peak, self.now)
+
+    def take_off(self, own_bytes: int, shared: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Takes off what `add` has added."""
+        with self._lock:
+            self.now -= own_bytes
+            for identity, size_bytes in shared.items():
+                self._holders[identity] -= 1
+                if not self._holders[identity]:
+                    del self._holders[identity]
+                    self.now -= size_bytes
 
     def read(self) -> DeviceMemory:
         """Both values, of one moment."""
@@ -53,12 +72,22 @@ class HeldModel:
     Attributes:
         home: position of the device whose lane runs it.
         sizes: bytes it holds, by position of the device.
+        shared: what of them it holds together with others: by position, then by identity.
         loaded: the model; deleted by drop.
     """
 
     home: int
     sizes: Mapping[int, int]
+    shared: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     loaded: LoadedModel
+
+    @property
+    def own_sizes(self) -> dict[int, int]:
+        """Bytes it holds alone, by position of the device."""
+        return {
+            device: size_bytes - sum(self.shared.get(device, {}).values())
+            for device, size_bytes in self.sizes.items()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +97,19 @@ class Leak:
     Attributes:
         device: position of the device.
         size_bytes: all the model held there; which part of it is still held nobody can tell.
+        shared: what of that it held together with others; bytes by identity.
         witnesses: to that memory.
     """
 
     device: int
     size_bytes: int
+    shared: Mapping[str, int] = field(default_factory=dict)
     witnesses: tuple[Witness, ...]
+
+    @property
+    def own_bytes(self) -> int:
+        """What of size_bytes it held alone."""
+        return self.size_bytes - sum(self.shared.values())
 
     @property
     def is_held(self) -> bool:
@@ -105,6 +141,7 @@ def drop(held: HeldModel) -> tuple[Leak, ...]:
         Leak(
             device=device,
             size_bytes=size_bytes,
+            shared=held.shared.get(device, {}),
             witnesses=tuple(witness for witness in witnesses if witness.device == device),
         )
         for device, size_bytes in held.sizes.items()

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from modelyard_server.execution.discipline import warm_threads
 from modelyard_server.execution.engine import (
     DeviceMemory,
     EngineDevice,
@@ -95,6 +96,8 @@ class ThreadEngine:
             if name not in self._runtimes:
                 continue  # Of a newer version's catalog; its models say so when they are asked for.
             await self._pricers[0].call(self._runtimes[name].warm_up)
+        threads = [(lane, self._devices[device].threads) for device, lane in self._lanes.items()]
+        await warm_threads([*threads, *((loader, 1) for loader in self._loaders.values())])
 
     async def stop(self, timeout_s: float) -> bool:
         """See Engine."""
@@ -154,7 +157,7 @@ class ThreadEngine:
         finally:
             del self._stops[model]
         self._held[model] = held
-        return dict(held.sizes)
+        return held.own_sizes
 
     def cancel_load(self, model: int) -> None:
         """See Engine."""
@@ -169,8 +172,10 @@ class ThreadEngine:
         if leaks:
             self._leaks.setdefault(model, []).extend(leaks)
             back |= {leak.device: 0 for leak in leaks}
-        for device, size_bytes in back.items():
-            self._memory[device].add(-size_bytes)
+        leaking = {leak.device for leak in leaks}
+        for device, own_bytes in held.own_sizes.items():
+            if device not in leaking:
+                self._memory[device].take_off(own_bytes, held.shared.get(device, {}))
         return back
 
     async def recheck(self, model: int) -> Mapping[int, int]:
@@ -182,10 +187,10 @@ class ThreadEngine:
                 left.append(leak)
             else:
                 back[leak.device] = back.get(leak.device, 0) + leak.size_bytes
+                self._memory[leak.device].take_off(leak.own_bytes, leak.shared)
         if left:
             self._leaks[model] = left
-        for device, size_bytes in back.items():
-            self._memory[device].add(-size_bytes)
+        for device in back:
             if (loader := self._loaders.get(device)) is not None:
                 # Not waited for: the next model of this process has the bytes either way, and a
                 # loader that hangs must not hold up what is found on other devices.
@@ -221,6 +226,14 @@ class ThreadEngine:
             lane.submit(job)
         return job
 
+    def set_budget(self, device: int, budget_bytes: int) -> None:
+        """See Engine. What the yard admits is all that is loaded here."""
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """See Engine: there are none."""
+        return {}
+
     def memory(self, device: int) -> DeviceMemory:
         """See Engine."""
         return self._memory[device].read()
@@ -251,8 +264,8 @@ class ThreadEngine:
             if is_out_of_memory:
                 raise MemoryError from None
             raise
-        for device, size_bytes in held.sizes.items():
-            self._memory[device].add(size_bytes)
+        for device, own_bytes in held.own_sizes.items():
+            self._memory[device].add(own_bytes, held.shared.get(device, {}))
         return held
 
     def _load_at_pace(self, spec: ModelSpec, place: Place, stop: threading.Event) -> HeldModel:
@@ -261,6 +274,7 @@ class ThreadEngine:
         held = HeldModel(home=place.target.home, sizes={}, loaded=loaded)
         try:
             held.sizes = dict(loaded.measured_bytes())
+            held.shared = loaded.shared_bytes()
             if strange := held.sizes.keys() - place.torch_devices.keys():
                 raise RuntimeError(f"{spec.name} is on devices it was not given: {sorted(strange)}")
             self._pace.hold(held.sizes, began_s, stop)

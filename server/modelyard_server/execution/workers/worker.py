@@ -1,0 +1,271 @@
+"""A worker process: an engine of threads that is spoken to over a channel.
+
+It is forked from the zygote and does nothing but translate: a message becomes a call of the engine,
+what comes of it becomes a message. What it may do is little (limits.py), and whatever happens to it
+happens to nobody else.
+
+Messages to it, each with `op`: price, load, unload, recheck, run and stop carry `call`, a number
+that comes back with the answer; cancel, abandon and ping do not. From it: ready, pong, and answers,
+which are `result`, `error` or, of a run that was abandoned in time, neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Coroutine, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from modelyard_server.execution.engine import DeviceMemory, EngineDevice, RunOutcome, Work
+from modelyard_server.execution.thread_engine import ThreadEngine
+from modelyard_server.execution.workers.board import BoardWriter
+from modelyard_server.execution.workers.channel import Channel
+from modelyard_server.execution.workers.framing import MalformedMessage
+from modelyard_server.execution.workers.limits import (
+    close_all_but,
+    data_bytes,
+    die_with_parent,
+    limit_process,
+    refuse_network,
+)
+from modelyard_server.execution.workers.payload import RemoteError, encode_error, understand
+from modelyard_server.execution.workers.records import (
+    decode_device,
+    decode_spec,
+    decode_target,
+    encode_bytes,
+    encode_memory,
+    encode_price,
+)
+from modelyard_server.execution.workers.settings import RuntimeSource
+from modelyard_server.execution.workers.watched import CalledInputs, CalledSpec, WatchedRuntime
+from modelyard_server.runtimes.api import Runtime
+from modelyard_server.runtimes.frames import forget_frames
+from modelyard_server.runtimes.targets import DISK
+from modelyard_server.runtimes.tensors import TensorValue
+
+__all__ = ["run_worker"]
+
+logger = logging.getLogger(__name__)
+
+
+def run_worker(
+    end: int,
+    board: int,
+    order: Mapping[str, Any],
+    source: RuntimeSource,
+    *,
+    parent_pid: int,
+) -> None:
+    """Is a worker until it is told to stop or nobody is there any more. Never returns.
+
+    Args:
+        end: descriptor of its end of the channel.
+        board: descriptor of its board's file.
+        order: what is to be known of it: its `name`, `devices` (by position; None for those of
+            other groups) and the `runtimes` to be warmed up.
+        source: of its runtimes.
+        parent_pid: of the process that forked it.
+    """
+    code = 1
+    try:
+        die_with_parent(parent_pid)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        close_all_but((0, 1, 2, end, board))
+        faulthandler.enable()
+        limit_process()
+        refuse_network()
+        runtimes = source.make(in_worker=True)
+        with asyncio.Runner() as runner:
+            worker = _Worker(socket.socket(fileno=end), BoardWriter(board), order, runtimes)
+            runner.get_loop().set_exception_handler(_log_unhandled)
+            runner.run(worker.work())
+        code = 0
+    except BaseException:
+        logger.exception("worker %s fails", order.get("name"))
+    finally:
+        # No clean-up: threads may still run models, and what this process holds goes with it.
+        os._exit(code)
+
+
+def _log_unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    logger.error("in a worker: %s", context.get("message"), exc_info=context.get("exception"))
+
+
+class _Worker:
+    def __init__(
+        self,
+        end: socket.socket,
+        board: BoardWriter,
+        order: Mapping[str, Any],
+        runtimes: Mapping[str, Runtime],
+    ) -> None:
+        self._end = end
+        self._name: str = order["name"]
+        self._warm: Sequence[str] = order["runtimes"]
+        # A device of another group has neither lane nor loader here, just like a disk.
+        self._devices = [
+            EngineDevice(name=DISK, torch_device=DISK, threads=1)
+            if device is None
+            else decode_device(device)
+            for device in order["devices"]
+        ]
+        self._own = [
+            position for position, device in enumerate(order["devices"]) if device is not None
+        ]
+        # Of loads whose answers are not sent yet.
+        self._held: dict[int, Mapping[int, int]] = {}
+        self._engine = ThreadEngine(
+            devices=self._devices,
+            runtimes={
+                name: WatchedRuntime(runtime, board, self._held)
+                for name, runtime in runtimes.items()
+            },
+        )
+        self._works: dict[int, Work] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_stopping = False
+        self._channel: Channel
+
+    async def work(self) -> None:
+        """Answers until it is over."""
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+        self._over = over
+        started = data_bytes()
+        await self._engine.start(self._warm)
+        self._channel = Channel(
+            self._end, loop, on_message=self._on_message, on_closed=self._on_closed
+        )
+        self._channel.send({"op": "ready", "data_bytes": started})
+        await over
+        await self._channel.drain()
+
+    def _on_closed(self, text: str) -> None:
+        if text:
+            logger.error("worker %s was sent what it cannot understand: %s", self._name, text)
+        if not self._over.done():
+            self._over.set_result(None)
+
+    def _on_message(self, message: dict[str, Any], tensors: tuple[TensorValue, ...]) -> None:
+        op = message.get("op")
+        if op == "run":
+            self._run(message, tensors)
+        elif op == "abandon":
+            work = self._works.get(message["call"])
+            if work is not None:
+                work.abandon()
+        elif op == "ping":
+            self._channel.send({"op": "pong", "number": message["number"]})
+        elif op == "cancel":
+            self._engine.cancel_load(message["model"])
+        else:
+            self._start_call(op, message)
+
+    # --- Runs -------------------------------------------------------------------------------------
+
+    def _run(self, message: dict[str, Any], tensors: tuple[TensorValue, ...]) -> None:
+        call = message["call"]
+        inputs = CalledInputs(tensors, call)
+        is_done = False
+
+        def on_done(outcome: RunOutcome | None) -> None:
+            nonlocal is_done
+            is_done = True
+            self._works.pop(call, None)
+            self._answer_run(call, outcome)
+
+        try:
+            work = self._engine.run(message["model"], inputs, message["parameters"], on_done)
+        except KeyError:
+            self._channel.send({"op": "answer", "call": call, "error": ["lost"]})
+            return
+        if not is_done:
+            self._works[call] = work
+
+    def _answer_run(self, call: int, outcome: RunOutcome | None) -> None:
+        answer: dict[str, Any] = {"op": "answer", "call": call}
+        try:
+            if outcome is None:
+                self._channel.send(answer)
+            elif isinstance(outcome, BaseException):
+                self._channel.send(answer | {"error": encode_error(outcome, "")})
+            else:
+                self._channel.send(answer | {"result": None}, outcome)
+        except (MemoryError, ValueError) as error:  # The answer is too large, for here or for them.
+            failed = ["failed", type(error).__name__, f"its outputs cannot be sent: {error}"]
+            self._channel.send(answer | {"error": failed})
+
+    # --- Everything else --------------------------------------------------------------------------
+
+    def _start_call(self, op: object, message: dict[str, Any]) -> None:
+        calls = {
+            "price": self._price,
+            "load": self._load,
+            "unload": self._unload,
+            "recheck": self._recheck,
+            "stop": self._stop,
+        }
+        if not isinstance(op, str) or op not in calls:
+            raise MalformedMessage(f"{op!r} is no message to a worker")
+        work = understand(partial(calls[op], message))
+        task = asyncio.get_running_loop().create_task(self._call(message["call"], work), name=op)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _call(self, call: int, work: Coroutine[Any, Any, dict[str, Any]]) -> None:
+        answer: dict[str, Any] = {"op": "answer", "call": call}
+        try:
+            answer |= await work
+        except Exception as error:  # the process's edge: it becomes an answer
+            answer["error"] = encode_error(error, "".join(traceback.format_exception(error)))
+            forget_frames(error)
+        try:
+            self._channel.send(answer)
+        except ValueError as error:
+            failed = RemoteError(str(error))
+            self._channel.send(
+                {"op": "answer", "call": call, "error": encode_error(failed, failed.log_text)}
+            )
+
+    async def _price(self, message: dict[str, Any]) -> dict[str, Any]:
+        spec = CalledSpec.of(decode_spec(message["spec"]), message["call"])
+        return {"result": encode_price(await self._engine.price(spec))}
+
+    async def _load(self, message: dict[str, Any]) -> dict[str, Any]:
+        call = message["call"]
+        spec = CalledSpec.of(decode_spec(message["spec"]), call)
+        target = decode_target(message["target"])
+        try:
+            own = await self._engine.load(message["model"], spec, target)
+            held = self._held[call]
+        finally:
+            self._held.pop(call, None)
+        return {"result": encode_bytes(own), "held": encode_bytes(held), **self._memory()}
+
+    async def _unload(self, message: dict[str, Any]) -> dict[str, Any]:
+        back = await self._engine.unload(message["model"])
+        return {"result": encode_bytes(back), **self._memory()}
+
+    async def _recheck(self, message: dict[str, Any]) -> dict[str, Any]:
+        back = await self._engine.recheck(message["model"])
+        return {"result": encode_bytes(back), **self._memory()}
+
+    async def _stop(self, message: dict[str, Any]) -> dict[str, Any]:
+        ended = await self._engine.stop(message["timeout_s"])
+        # After the answer, which is sent in this turn of the loop.
+        asyncio.get_running_loop().call_soon(self._on_closed, "")
+        return {"result": ended}
+
+    def _memory(self) -> dict[str, Any]:
+        read: dict[int, DeviceMemory] = {
+            position: self._engine.memory(position) for position in self._own
+        }
+        return {"memory": encode_memory(read)}
