@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from modelyard.devices import DeviceType
 from modelyard.v1 import (
@@ -25,10 +26,14 @@ from modelyard_server.devices.inventory import ManagedDevice, take_inventory
 from modelyard_server.devices.probes import Probe
 from modelyard_server.execution.engine import Engine
 from modelyard_server.execution.thread_engine import ThreadEngine
+from modelyard_server.execution.workers.process_engine import ProcessEngine
+from modelyard_server.execution.workers.settings import RuntimeSource, WorkerSettings
 from modelyard_server.residency.journal import Journal
+from modelyard_server.residency.recovery import Recovery
 from modelyard_server.residency.shell import Residency
 from modelyard_server.residency.values import YardSettings
 from modelyard_server.runtimes.registry import make_runtimes
+from modelyard_server.runtimes.serving import make_serving_runtimes
 from modelyard_server.services.admin import AdminService
 from modelyard_server.services.devices import DeviceService
 from modelyard_server.services.handler import draining, server_stream, unary
@@ -39,6 +44,7 @@ from modelyard_server.services.status import defect_reply, reply_of
 from modelyard_server.services.watch import WatchService
 from modelyard_server.transport.aio import AioTransport
 from modelyard_server.transport.api import Handlers, Streaming
+from modelyard_server.weights.store import WeightStore
 
 __all__ = ["Application", "build"]
 
@@ -118,11 +124,11 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
         DeviceMissing: the configuration names a device that this machine has not.
         BudgetImpossible: its budgets promise more than there is.
         StoreError: the catalog's file cannot be used.
+        weights.store.StoreError: the store of weights cannot be used.
     """
     devices = take_inventory(config.devices, roots=config.roots.values(), using=probes)
     names = tuple(device.name for device in devices)
-    runtimes = make_runtimes(config.allowed_factories)
-    engine = ThreadEngine(devices=[device.engine_device() for device in devices], runtimes=runtimes)
+    engine = _make_engine(config, devices)
     store = CatalogStore.open(config.catalog.path)
     writes = Writes(store)
     journal = Journal(capacity=config.yard.explain_capacity)
@@ -142,6 +148,9 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
         engine=engine,
         journal=journal,
     )
+    recovery = Recovery(residency, strikes=config.engine.strikes)
+    if isinstance(engine, ProcessEngine):
+        engine.on_lost = recovery.on_death
     catalog = Catalog()
     registry = Registry(
         catalog=catalog,
@@ -197,8 +206,14 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
             writes=writes,
             device_names=names,
             max_deadline_s=max_deadline_s,
+            forgive=recovery.forgive,
         ),
-        AdminService(residency=residency, figures=inference.figures, runtimes=tuple(runtimes)),
+        AdminService(
+            residency=residency,
+            engine=engine,
+            figures=inference.figures,
+            runtimes=tuple(make_runtimes(config.allowed_factories)),
+        ),
         WatchService(journal=journal, residency=residency, catalog=catalog, device_names=names),
         acting=journal.acting,
     )
@@ -219,6 +234,43 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
             defect=defect_reply,
             draining=reply_of(draining()),
         ),
+    )
+
+
+def _make_engine(config: Config, devices: Sequence[ManagedDevice]) -> ThreadEngine | ProcessEngine:
+    """The engine that the configuration asks for.
+
+    Raises:
+        weights.store.StoreError: the store of weights cannot be used.
+    """
+    weights = config.weights
+    settings: dict[str, Any] = {
+        "store_folder": None if weights.store is None else str(weights.store),
+        "read": weights.read,
+        "arena_bytes": weights.arena,
+    }
+    engine_devices = [device.engine_device() for device in devices]
+    if config.engine.kind == "thread":
+        return ThreadEngine(
+            devices=engine_devices,
+            runtimes=make_serving_runtimes(config.allowed_factories, **settings),
+        )
+    if weights.store is not None:
+        # The workers open it, each for itself. What is wrong with it is told here, at once.
+        WeightStore.open(weights.store).close()
+    return ProcessEngine(
+        devices=engine_devices,
+        source=RuntimeSource(
+            maker="modelyard_server.runtimes.serving:make_serving_runtimes",
+            allowed_factories=config.allowed_factories,
+            worker_arguments={**settings, "write_protected": True},
+        ),
+        settings=WorkerSettings(
+            run_limit_s=config.engine.run_limit_s,
+            load_limit_s=config.engine.load_limit_s,
+            headroom_bytes=config.engine.headroom,
+        ),
+        budgets=[device.budget_bytes for device in devices],
     )
 
 

@@ -55,6 +55,7 @@ class Reason(enum.Enum):
     INTERNAL = Code.INTERNAL, 21
     CONFIG_OWNED = Code.FAILED_PRECONDITION, 22
     CATALOG_UNAVAILABLE = Code.UNAVAILABLE, 23
+    WORKER_LOST = Code.UNAVAILABLE, 24
 
     @property
     def code(self) -> Code:

@@ -14,9 +14,17 @@ from modelyard_server.app import Application, build
 from modelyard_server.catalog.store import StoreError
 from modelyard_server.config import Config
 from modelyard_server.devices.inventory import BudgetImpossible, DeviceMissing
+from modelyard_server.devices.process_limit import headroom, process_limit_bytes
 from modelyard_server.errors import Refusal
+from modelyard_server.execution.discipline import (
+    SWITCH_INTERVAL_S,
+    ProcessMemory,
+    settle_process,
+)
+from modelyard_server.execution.workers.keeper import NoWorker
 from modelyard_server.observability.log import start_logging
 from modelyard_server.transport.aio import PortInUse
+from modelyard_server.weights import store as weights_store
 
 __all__ = ["EXIT_CANNOT_START", "run_server"]
 
@@ -26,7 +34,6 @@ EXIT_CANNOT_START = 2
 """Exit code of a server that could not start: its configuration or its port is not usable."""
 
 _LAME_DUCK_S = 0.5
-_SWITCH_INTERVAL_S = 0.0005
 _GC_THRESHOLD = 20_000
 
 # glibc's mallopt parameters.
@@ -45,7 +52,10 @@ def run_server(config: Config) -> int:
     prepare_process()
     try:
         return asyncio.run(_serve(config))
-    except (PortInUse, DeviceMissing, BudgetImpossible, StoreError, Refusal) as error:
+    except (
+        *(PortInUse, DeviceMissing, BudgetImpossible, NoWorker),
+        *(StoreError, weights_store.StoreError, Refusal),
+    ) as error:
         print(f"modelyard: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
 
@@ -63,7 +73,7 @@ def prepare_process() -> None:
     page faults of that cost more than everything else about them (measured: 3.8 ms a call against
     0.95).
     """
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.set_threshold(_GC_THRESHOLD)
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -85,16 +95,28 @@ async def _serve(config: Config) -> int:
     except BaseException:
         await app.stop(_LAME_DUCK_S)
         raise
-    # What is alive now stays: no collection needs to look at it again, and the first one after
-    # importing torch otherwise stops everything for 0.2 s.
-    gc.collect()
-    gc.freeze()
+    baseline = settle_process()
+    _warn_of_promises(app, baseline)
     host = config.server.host
     shown = f"[{host}]" if ":" in host else host
     print(f"modelyard is serving on {shown}:{port}", flush=True)
     await stop.wait()
     await _shut_down(app)
     return 0
+
+
+def _warn_of_promises(app: Application, baseline: ProcessMemory) -> None:
+    """Says it now if the budgets promise more host memory than there is for this server."""
+    hosts = [device for device in app.devices if device.torch_device == "cpu"]
+    runs = max((model.activation_bytes for model in app.catalog.models()), default=0)
+    found = headroom(
+        process_limit_bytes(),
+        [device.budget_bytes for device in hosts],
+        baseline.anonymous_bytes,
+        runs,
+    )
+    if found.warning:
+        logger.warning("%s", found.warning)
 
 
 async def _shut_down(app: Application) -> None:

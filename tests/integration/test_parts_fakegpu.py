@@ -99,6 +99,6 @@ class TestPartsOnFakeGpus(PartsOnAccelerators):
         """Negative control of the checks."""
         kept = torch.ones(4, device="fakegpu:1")
         accelerators.assert_holds({SECOND: kept.nbytes})
-        for wrong in ({}, {FIRST: kept.nbytes}, {SECOND: kept.nbytes - 1}):
+        for wrong in ({}, {FIRST: kept.nbytes}, {SECOND: kept.nbytes + 1}):
             with pytest.raises(AssertionError, match="bytes are held"):
                 accelerators.assert_holds(wrong)

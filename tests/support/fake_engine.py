@@ -129,6 +129,7 @@ class FakeEngine:
     Attributes:
         prices: peak bytes, by the model's name; 100 for others.
         structures: what models are made of, by their name; others cannot be cut.
+        shared: what of its price a model shares when it is whole on one device, by its name.
         sizes: bytes that a model holds once loaded, by its name and by position of the device;
             others hold their price on their home device. Tests may say otherwise load by load.
         price_errors: what pricing raises, by the model's name.
@@ -143,11 +144,13 @@ class FakeEngine:
         rechecks: models in the order they were looked at again.
         runs: what was given to run.
         run_error: what run raises.
+        budgets: what was set, by position of the device.
     """
 
     def __init__(self) -> None:
         self.prices: dict[str, int] = {}
         self.structures: dict[str, Structure] = {}
+        self.shared: dict[str, Mapping[str, int]] = {}
         self.sizes: dict[str, Mapping[int, int]] = {}
         self.price_errors: dict[str, Exception] = {}
         self.price_gate: asyncio.Event | None = None
@@ -163,6 +166,7 @@ class FakeEngine:
         self.rechecks: list[int] = []
         self.runs: list[FakeRun] = []
         self.run_error: Exception | None = None
+        self.budgets: dict[int, int] = {}
 
     async def start(self, runtimes: Sequence[str]) -> None:
         """Does nothing."""
@@ -194,13 +198,21 @@ class FakeEngine:
             raise error
         size_bytes = self.prices.get(spec.name, 100)
         structure = self.structures.get(spec.name)
-        return Price(resting_bytes=size_bytes, peak_bytes=size_bytes, structure=structure)
+        return Price(
+            resting_bytes=size_bytes,
+            peak_bytes=size_bytes,
+            structure=structure,
+            shared=self.shared.get(spec.name, {}),
+        )
 
     async def load(self, model: int, spec: ModelSpec, target: Target) -> Mapping[int, int]:
         """Waits until the test ends it."""
         assert model not in self.loads, "one load of a model at a time"
         assert model not in self.held, "it is loaded already"
-        sizes = self.sizes.get(spec.name, {target.home: self.prices.get(spec.name, 100)})
+        shared = self.shared.get(spec.name, {}) if target.is_whole else {}
+        shared_bytes = sum(shared.values())
+        own_bytes = self.prices.get(spec.name, 100) - shared_bytes
+        sizes = self.sizes.get(spec.name, {target.home: own_bytes})
         pending = self.loads[model] = PendingLoad(model, spec, target, sizes)
         self.load_log.append(spec.name)
         try:
@@ -208,7 +220,10 @@ class FakeEngine:
         finally:
             del self.loads[model]
         assert set(sizes) <= set(target.devices), "bytes on devices it was not given"
-        self.held[model] = sizes
+        self.held[model] = {
+            device: size + (shared_bytes if device == target.home else 0)
+            for device, size in sizes.items()
+        }
         self.homes[model] = target.home
         return sizes
 
@@ -247,6 +262,15 @@ class FakeEngine:
         run = FakeRun(model, inputs, parameters, on_done)
         self.runs.append(run)
         return run
+
+    def set_budget(self, device: int, budget_bytes: int) -> None:
+        """Remembers it."""
+        self.budgets[device] = budget_bytes
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """There are none."""
+        return {}
 
     def memory(self, device: int) -> DeviceMemory:
         """What is loaded there."""

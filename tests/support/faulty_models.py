@@ -201,12 +201,18 @@ class Raising(Adding):
         raise kinds[self.kind]("secret text of /srv/private")
 
 
+def _nothing(*_: object) -> None:
+    """A hook that does nothing."""
+
+
 class StuckInLoad(Adding):
-    """Its constructor waits at a gate."""
+    """Its constructor waits at a gate. It is called for every load."""
 
     def __init__(self, gate: str) -> None:
         _pass(gate)
         super().__init__()
+        # A module with hooks has no template, and is built anew each time.
+        self.register_forward_hook(_nothing)
 
 
 class StuckInRun(Adding):

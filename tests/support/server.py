@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -24,7 +24,7 @@ import grpc.aio
 from modelyard import Admin, AsyncClient, ManagedDevice, ModelyardError, Residency, ResidencyState
 from modelyard.devices import DeviceType
 from modelyard_server.app import Application, build
-from modelyard_server.config import parse_config
+from modelyard_server.config import EngineConfig, parse_config
 from modelyard_server.devices.probes import Probe
 
 __all__ = [
@@ -156,11 +156,15 @@ async def running_app(
     every device is within its budget, and once it has stopped none of its tasks and threads lives.
 
     Args:
-        config_text: TOML; its `listen` is replaced by a free loopback port.
+        config_text: TOML; its `listen` is replaced by a free loopback port. Models run in threads
+            of this process unless it has an `[engine]`, and are read in place unless it has
+            `[weights]`.
         base: folder that relative roots are relative to.
         probes: other probes of devices; those of this machine if None.
     """
     config = parse_config(_on_free_port(config_text), base=base)
+    if "[engine]" not in config_text:
+        config = replace(config, engine=EngineConfig(kind="thread"))
     tasks_before = asyncio.all_tasks()
     threads_before = set(threading.enumerate())
     app = build(config, probes=probes)

@@ -872,7 +872,9 @@ class TestAdmin:
             name="residencies/m",
             model="models/m",
             state=residency_pb2.RESIDENCY_STATE_FAILED,
-            charges=[residency_pb2.DeviceCharge(device="devices/cpu", size_bytes=7)],
+            charges=[
+                residency_pb2.DeviceCharge(device="devices/cpu", size_bytes=7, shared_bytes=3)
+            ],
             pinned=True,
             lease_count=1,
             waiting_request_count=2,
@@ -894,7 +896,7 @@ class TestAdmin:
             "name": "residencies/m",
             "model": "models/m",
             "state": ResidencyState.FAILED,
-            "charges": ({"device": "devices/cpu", "size_bytes": 7},),
+            "charges": ({"device": "devices/cpu", "size_bytes": 7, "shared_bytes": 3},),
             "pinned": True,
             "lease_count": 1,
             "waiting_request_count": 2,

@@ -77,6 +77,7 @@ BY_REASON = [
     ("INTERNAL", Code.INTERNAL, errors.ServerError),
     ("CONFIG_OWNED", Code.FAILED_PRECONDITION, errors.ConfigOwned),
     ("CATALOG_UNAVAILABLE", Code.UNAVAILABLE, errors.CatalogUnavailable),
+    ("WORKER_LOST", Code.UNAVAILABLE, errors.WorkerLost),
 ]
 
 

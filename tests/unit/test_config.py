@@ -28,8 +28,10 @@ from modelyard_server.config import (
     Config,
     ConfigError,
     DeviceConfig,
+    EngineConfig,
     ModelConfig,
     ServerConfig,
+    WeightsConfig,
     YardConfig,
     default_config_text,
     load_config,
@@ -672,6 +674,50 @@ class TestCatalog:
         assert text in problem
 
 
+class TestWeightsAndEngine:
+    def test_the_store_is_beside_the_file_unless_the_file_says_otherwise(self, base: Path) -> None:
+        file = base / "yard.toml"
+        for text, store in [
+            ("", base / "modelyard-store"),
+            ('[weights]\nstore = "models/store"\n', base / "models" / "store"),
+            ("[weights]\nin_place = true\n", None),
+            ('[weights]\nstore = "x"\nin_place = true\n', None),
+        ]:
+            file.write_text(f"{text}{CPU}", encoding="utf-8")
+            assert load_config(file).weights.store == store, text
+        assert parse_config(CPU, base=base).weights == WeightsConfig()
+
+    def test_what_is_said_is_what_counts(self, base: Path) -> None:
+        text = '[weights]\nread = "arena"\narena = "1MiB"\n[engine]\nkind = "thread"\nstrikes = 5\n'
+        config = parse_config(text + CPU, base=base)
+        assert (config.weights.read, config.weights.arena) == ("arena", 2**20)
+        assert config.engine == EngineConfig(kind="thread", strikes=5)
+        assert EngineConfig().kind == "process"
+
+    @pytest.mark.parametrize(
+        ("setting", "text"),
+        [
+            ('weights.store = "absent/x"', "does not exist"),
+            ('weights.store = "a-file"', "not a folder"),
+            ('weights.store = "s3://bucket"', "not a URL"),
+            ("weights.store = 1", "got an integer"),
+            ('weights.in_place = "no"', "true or false"),
+            ('weights.read = "slab"', "map"),
+            ("weights.arena = -1", "must be 0 to"),
+            ('weights.path = "x"', "unknown field"),
+            ('engine.kind = "fork"', "process"),
+            ("engine.run_limit_s = 0", "0.01"),
+            ('engine.headroom = "-1"', "size"),
+            ("engine.strikes = 0", "1"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, base: Path, setting: str, text: str) -> None:
+        (base / "a-file").write_text("")
+        line, key, problem = only_problem(f"{setting}\n{CPU}", base)
+        assert (line, key) == (1, setting.split()[0])
+        assert text in problem
+
+
 class TestRoots:
     @pytest.mark.parametrize(
         ("value", "text"),
@@ -1103,6 +1149,7 @@ class TestExampleAndDocument:
         [
             ("[server]", ServerConfig),
             ("[yard]", YardConfig),
+            ("[engine]", EngineConfig),
             ("[[devices]]", DeviceConfig),
             ("[models.ID]", ModelConfig),
         ],
@@ -1110,7 +1157,7 @@ class TestExampleAndDocument:
     def test_every_field_is_in_the_document_with_its_default(
         self,
         heading: str,
-        section: type[ServerConfig | YardConfig | DeviceConfig | ModelConfig],
+        section: type[ServerConfig | YardConfig | EngineConfig | DeviceConfig | ModelConfig],
     ) -> None:
         rows = documented(heading)
         expected = {each.name: each.default for each in dataclasses.fields(section)}
@@ -1123,7 +1170,7 @@ class TestExampleAndDocument:
                     assert shown in {"required", "{}"}, name
                 case bool():
                     assert shown == str(default).lower(), name
-                case int() if name.endswith("_bytes"):
+                case int() if name.endswith("_bytes") or name == "headroom":
                     assert shown == format_size(default, exact=True), name
                 case int() | float():
                     assert float(shown) == default, name
@@ -1134,6 +1181,12 @@ class TestExampleAndDocument:
 
     def test_what_is_no_field_of_a_section_is_documented_too(self) -> None:
         assert list(documented("[runtimes.torch]")) == ["allowed_factories"]
+        assert documented("[weights]") == {
+            "store": "`modelyard-store`",
+            "in_place": "`false`",
+            "read": "`map`",
+            "arena": "`0`",
+        }
         assert documented("[catalog]") == {"file": "`modelyard.db`", "durable": "`true`"}
         assert "## `[roots]`" in DOCUMENT.read_text(encoding="utf-8")
 

@@ -283,6 +283,7 @@ def record_of(decision: str, **values: Any) -> dict[str, Any]:
         "device": -1,
         "score": 0.0,
         "bytes": 100,
+        "shared_bytes": 0,
         "waited_ns": 0,
         "seconds": 0.0,
     }

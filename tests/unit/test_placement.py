@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -238,6 +239,24 @@ class TestMaps:
         found = refusal({"enc": "cuda:0", "encoder.layer.": "cuda:0", "": "cpu"})
         assert "key 'enc' matches nothing" in found.text
         assert "key 'encoder.layer.' matches nothing" in found.text
+
+    def test_a_model_in_parts_is_in_one_worker(self) -> None:
+        devices = managed("cpu", "cuda:0", "cuda:1", "disk")
+        devices[2] = replace(devices[2], worker="other")
+        parts = {"encoder": "cuda:1", "": "cpu"}
+        caught = refusal(parts, devices=devices)
+        assert caught.reason is Reason.PLACEMENT_INVALID
+        assert "worker processes models and other" in caught.text
+        assert len(placed({"encoder": "cuda:0", "": "cpu"}, devices=devices)) == 1
+        # The disk is of every worker.
+        assert len(placed({"encoder": "disk", "": "cuda:1"}, devices=devices)) == 1
+        assert len(placed(None, devices=devices)) == 3  # Whole, it may be in any of them.
+
+    def test_an_automatic_cut_stays_in_the_worker_of_the_first_device(self) -> None:
+        devices = managed("cuda:0", "cuda:1", "cuda:2")
+        devices[1] = replace(devices[1], worker="other")
+        (way,) = placed("balanced", devices=devices, budgets=[120, 1000, 120])
+        assert set(way.charges) == {0, 2}
 
     def test_both_kinds_of_mistake_are_told_at_once(self) -> None:
         found = refusal({"encodr": "cpu", "embeddings": "cpu"})

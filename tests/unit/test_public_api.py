@@ -87,6 +87,7 @@ PUBLIC = [
     "Unset",
     "Violation",
     "WatchPosition",
+    "WorkerLost",
     "__version__",
     "from_tensor",
     "read_placement",

@@ -7,9 +7,17 @@ from collections.abc import Iterator
 import pytest
 
 from modelyard_server import _core
+from modelyard_server.devices.placed import PlacedAs
 from modelyard_server.residency.rehearsal import Rehearsal
+from modelyard_server.residency.shared import SharedTensors
+from modelyard_server.runtimes.targets import Target
 
 BUDGET = 250
+
+
+def way(charges: dict[int, int]) -> PlacedAs:
+    """A way to load a model that shares nothing."""
+    return PlacedAs(target=Target.whole(next(iter(charges))), charges=charges, prefixes={})
 
 
 class Yard:
@@ -42,7 +50,7 @@ class Yard:
         return 0
 
     def rehearse(self) -> Rehearsal:
-        return Rehearsal(self.core, self.now_ns, self.models)
+        return Rehearsal(self.core, self.now_ns, self.models, SharedTensors(self.core))
 
     def state(self, model: int) -> _core.State:
         entry = self.core.entry(model)
@@ -74,7 +82,7 @@ def test_nothing_that_is_rehearsed_is_done(yard: Yard) -> None:
     lease = yard.load(used, leased=True)
     before = yard.snapshot()
     rehearsal = yard.rehearse()
-    new = rehearsal.add([{0: 150}])
+    new = rehearsal.add([way({0: 150})])
     assert rehearsal.want(new)
     rehearsal.set_budget(0, 10)
     rehearsal.set_closed(1, True)
@@ -200,7 +208,7 @@ def test_what_runs_now_ends_well(yard: Yard) -> None:
     assert rehearsal.account(0).resident == 100
     assert rehearsal.account(1).used == 0
     # The first that is wanted has the room of all of them.
-    assert rehearsal.want(rehearsal.add([{1: BUDGET}]))
+    assert rehearsal.want(rehearsal.add([way({1: BUDGET})]))
     yard.core.release(lease, yard.now_ns)
 
 
@@ -217,7 +225,7 @@ def test_a_removed_model_gives_its_room_back_once_its_requests_have_ended(yard: 
     used = yard.add({0: 200})
     lease = yard.load(used, leased=True)
     rehearsal = yard.rehearse()
-    heir = rehearsal.add([{0: 200}], replaces=used)
+    heir = rehearsal.add([way({0: 200})], replaces=used)
     rehearsal.set_pinned(used, True)
     assert not rehearsal.want(heir)  # Both do not fit.
     rehearsal.set_pinned(used, False)

@@ -42,6 +42,7 @@ CODES = {
     "INTERNAL": Code.INTERNAL,
     "CONFIG_OWNED": Code.FAILED_PRECONDITION,
     "CATALOG_UNAVAILABLE": Code.UNAVAILABLE,
+    "WORKER_LOST": Code.UNAVAILABLE,
 }
 """The table of the design, and what the durable catalog added to it."""
 

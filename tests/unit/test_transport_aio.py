@@ -88,7 +88,8 @@ async def test_a_handler_gets_bytes_metadata_and_the_time_that_is_left() -> None
     timed, untimed = calls
     assert ("x-tag", "t") in timed.metadata
     assert timed.remaining_s is not None
-    assert 0 < timed.remaining_s <= 5
+    # The two sides' clocks, and the wire's three digits, may make it a little more.
+    assert 0 < timed.remaining_s <= 5.5
     assert untimed.remaining_s is None
 
 

@@ -96,6 +96,8 @@ class Registration:
         ways: how it may be loaded, the preferred way first.
         replan: works the ways out anew for another price. Raises Refusal if there is none.
         warnings: what an operator should know and is no error.
+        activation_bytes: what a run of the largest batch takes beside the weights, predicted; 0 if
+            nobody knows.
         created: when it was registered, in UTC.
         etag: changes whenever the model changes.
         origin: for models of the configuration file, a digest of what the file said.
@@ -107,6 +109,7 @@ class Registration:
     ways: tuple[PlacedAs, ...]
     replan: Callable[[Price], tuple[PlacedAs, ...]]
     warnings: tuple[str, ...] = ()
+    activation_bytes: int = 0
     created: datetime
     etag: str
     origin: str = ""

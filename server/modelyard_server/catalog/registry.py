@@ -402,6 +402,7 @@ class Registry:
             ways=ways,
             replan=replan,
             warnings=checked.warnings,
+            activation_bytes=0 if price is None else price.activation_bytes,
             created=created or datetime.now(UTC),
             etag=etag or f'"{secrets.token_hex(8)}"',
             origin=origin,
@@ -465,7 +466,7 @@ class Registry:
         rehearsal = self._residency.rehearse()
         rehearsal.settle()
         rehearsal.set_pinned(old.handle.core_id, True)
-        heir = rehearsal.add([way.charges for way in registration.ways])
+        heir = rehearsal.add(registration.ways)
         return rehearsal.want(heir)
 
     def _want(self, model: Model) -> None:

@@ -205,9 +205,7 @@ def rehearse_staging(
         if heir.stays:
             ids[heir.id] = heir.old.handle.core_id
             continue
-        core_id = ids[heir.id] = rehearsal.add(
-            [way.charges for way in heir.ways_to_stage], replaces=heir.old.handle.core_id
-        )
+        core_id = ids[heir.id] = rehearsal.add(heir.ways_to_stage, replaces=heir.old.handle.core_id)
         heir.staged = uses[heir.id].state in IN_MEMORY and rehearsal.want(core_id, hold=True)
         if heir.staged and heir.way is None:
             heir.way = rehearsal.way_of(core_id)
@@ -223,7 +221,7 @@ def rehearse_switch(
     """Rehearses Succession.commit; the arguments are those and the result of rehearse_staging."""
     for heir in heirs:
         if heir.stays:
-            rehearsal.set_ways(ids[heir.id], [way.charges for way in heir.registration.ways])
+            rehearsal.set_ways(ids[heir.id], heir.registration.ways)
             continue
         rehearsal.remove(heir.old.handle.core_id)
         if uses[heir.id].pinned:

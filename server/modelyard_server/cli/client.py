@@ -108,6 +108,7 @@ def _stats(
             ["evictions", str(stats.eviction_count)],
             ["process memory", size(stats.process_resident_bytes)],
             ["  at most", size(stats.peak_process_resident_bytes)],
+            ["memory of workers", size(stats.worker_resident_bytes)],
         ],
     )
 

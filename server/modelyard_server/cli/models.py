@@ -271,6 +271,10 @@ def _print_model(model: Model, as_json: bool) -> None:
             ["options", json.dumps(plain(model.options))],
             ["placement", placement_text(model.placement) + by_plan],
             ["estimated", size(model.estimated_bytes)],
+            [
+                "largest run",
+                size(model.estimated_activation_bytes) if model.estimated_activation_bytes else "",
+            ],
             ["owner", str(model.owner)],
             ["pinned", "pinned" if model.pinned else ""],
             ["created", "" if model.created_at is None else model.created_at.isoformat()],

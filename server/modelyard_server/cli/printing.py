@@ -90,7 +90,7 @@ def print_devices(devices: Iterable[ManagedDevice]) -> None:
     print_table(
         [
             *("device", "budget", "resident", "loading", "leaving", "quarantined", "over"),
-            *("peak", "loads", "evictions"),
+            *("peak", "saved by sharing", "loads", "evictions"),
         ],
         (
             [
@@ -102,6 +102,7 @@ def print_devices(devices: Iterable[ManagedDevice]) -> None:
                 size(device.quarantined_bytes),
                 size(device.deficit_bytes),
                 size(device.peak_accounted_bytes),
+                size(device.saved_bytes),
                 str(device.load_count),
                 str(device.eviction_count),
             ]
@@ -222,8 +223,12 @@ def clock(moment: datetime | None) -> str:
 
 
 def charges(held: Iterable[DeviceCharge]) -> str:
-    """Return bytes per device for people: ``cuda:0 1GiB, cpu 20MiB``."""
-    return ", ".join(f"{short_name(charge.device)} {size(charge.size_bytes)}" for charge in held)
+    """Return bytes per device for people: ``cuda:0 1GiB (900MiB shared), cpu 20MiB``."""
+    return ", ".join(
+        f"{short_name(charge.device)} {size(charge.size_bytes)}"
+        + (f" ({size(charge.shared_bytes)} shared)" if charge.shared_bytes else "")
+        for charge in held
+    )
 
 
 def short_name(name: str) -> str:

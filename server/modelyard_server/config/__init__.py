@@ -18,8 +18,10 @@ from modelyard_server.config.values import (
     CatalogConfig,
     Config,
     DeviceConfig,
+    EngineConfig,
     ModelConfig,
     ServerConfig,
+    WeightsConfig,
     YardConfig,
 )
 
@@ -31,9 +33,11 @@ __all__ = [
     "Config",
     "ConfigError",
     "DeviceConfig",
+    "EngineConfig",
     "ModelConfig",
     "Problem",
     "ServerConfig",
+    "WeightsConfig",
     "YardConfig",
     "default_config_text",
     "load_config",

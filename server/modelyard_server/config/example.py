@@ -41,6 +41,19 @@ explain_capacity = 4096          # decisions remembered
 file = "modelyard.db"            # relative to this file
 durable = true                   # false: in memory, gone when the server stops
 
+[weights]                        # what models are made of
+store = "modelyard-store"        # the server's own copies; relative to this file
+in_place = false                 # true: no copies, files are read where they lie
+read = "map"                     # into host memory: map, owned or arena
+arena = 0                        # what an arena keeps for the next model, such as "1GiB"
+
+[engine]                         # where models run
+kind = "process"                 # in worker processes; or "thread", in the server's own
+run_limit_s = 60                 # a run that takes longer hangs: its worker is ended
+load_limit_s = 900               # the same for a load
+headroom = "2GiB"                # what a worker may allocate beside its devices' budgets
+strikes = 3                      # workers a model may bring down in ten minutes
+
 [[devices]]                      # one block for each device, at most 16
 device = "cpu"                   # cpu, cuda:0, xpu:0, mps, disk
 budget = "50%"                   # of what the device has; or a size such as "300MB"
@@ -48,6 +61,7 @@ reserve = 0                      # what budgets leave alone, such as "2GiB"
 logical = false                  # true: a pool of host memory that stands for the device
 threads = 1                      # of one batch that runs on it
 transfer_bandwidth = 0           # of a logical device, such as "4GiB/s"; 0: no limit
+worker = "models"                # the worker process; a model in parts must be in one
 
 [roots]                          # folders below which models may be; nothing else is ever opened
 store = "."                      # this file's folder; absolute, or relative to this file

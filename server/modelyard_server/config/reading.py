@@ -15,35 +15,45 @@ from modelyard_server.config.placement import is_haystack_shape
 from modelyard_server.config.problems import ConfigError, KeyPath, Problem, key_text, quoted
 from modelyard_server.config.rules import (
     Finding,
+    Rule,
     RuleError,
     boolean,
     factories,
     identifier,
     kind,
+    one_of,
+    size,
 )
 from modelyard_server.config.values import (
+    READ_MODES,
     CatalogConfig,
     Config,
     DeviceConfig,
+    EngineConfig,
     ModelConfig,
     Section,
     ServerConfig,
+    WeightsConfig,
     YardConfig,
     plan_conflicts,
     rule_of,
     settings,
 )
+from modelyard_server.devices.sizes import MAX_SIZE_BYTES
 
 __all__ = ["MAX_CONFIG_BYTES", "load_config", "parse_config"]
 
 MAX_CONFIG_BYTES: Final = 16 * 1024**2
 """Largest configuration file; room for tens of thousands of models."""
 
-_SECTIONS: Final = ("server", "yard", "catalog", "devices", "roots", "runtimes", "models")
+_SECTIONS: Final = (
+    *("server", "yard", "catalog", "weights", "engine", "devices", "roots", "runtimes", "models"),
+)
 _AT_LINE: Final = re.compile(r" \(at (?:line ([0-9]+), column [0-9]+|end of document)\)$")
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONGEST_TYPO: Final = 64
 _CATALOG_FILE: Final = "modelyard.db"
+_STORE_FOLDER: Final = "modelyard-store"
 _LONG_NUMBER: Final = re.compile(r"[0-9][0-9_]{4000,}")
 
 
@@ -74,18 +84,31 @@ def load_config(path: Path) -> Config:
         raise _file_error("is not UTF-8 text: save it as such", line, source=path) from error
     folder = path.absolute().parent
     try:
-        return parse_config(text, base=folder, default_catalog=folder / _CATALOG_FILE)
+        return parse_config(
+            text,
+            base=folder,
+            default_catalog=folder / _CATALOG_FILE,
+            default_store=folder / _STORE_FOLDER,
+        )
     except ConfigError as error:
         raise ConfigError(error.problems, source=path) from error
 
 
-def parse_config(text: str, *, base: Path, default_catalog: Path | None = None) -> Config:
+def parse_config(
+    text: str,
+    *,
+    base: Path,
+    default_catalog: Path | None = None,
+    default_store: Path | None = None,
+) -> Config:
     """Read the text of a configuration file.
 
     Args:
         text: TOML.
         base: folder that relative roots, and the catalog's file, are relative to.
         default_catalog: where the catalog is if the text does not say; None keeps it in memory.
+        default_store: where weights are kept if the text does not say; None reads them where they
+            lie.
 
     Raises:
         ConfigError: the text is no TOML, or says something that cannot be. The error holds all
@@ -102,7 +125,7 @@ def parse_config(text: str, *, base: Path, default_catalog: Path | None = None) 
         found = _LONG_NUMBER.search(text)
         line = text.count("\n", 0, found.start()) + 1 if found else 1
         raise _file_error(f"is no usable TOML: {error}", line) from error
-    return _Reader(document, LineIndex.of(text), base, default_catalog).config()
+    return _Reader(document, LineIndex.of(text), base, default_catalog, default_store).config()
 
 
 def _file_error(text: str, line: int = 1, *, source: Path | None = None) -> ConfigError:
@@ -128,11 +151,13 @@ class _Reader:
         lines: LineIndex,
         base: Path,
         default_catalog: Path | None,
+        default_store: Path | None,
     ) -> None:
         self._document = document
         self._lines = lines
         self._base = base
         self._default_catalog = default_catalog
+        self._default_store = default_store
         self._problems: list[Problem] = []
 
     def config(self) -> Config:
@@ -141,6 +166,8 @@ class _Reader:
         server = self._section(ServerConfig, ("server",), self._table(("server",)))
         yard = self._section(YardConfig, ("yard",), self._table(("yard",)))
         catalog = self._catalog()
+        weights = self._weights()
+        engine = self._section(EngineConfig, ("engine",), self._table(("engine",)))
         devices = self._devices()
         root_tables = self._table(("roots",))
         roots = self._roots(root_tables)
@@ -157,6 +184,8 @@ class _Reader:
             server=ServerConfig(**server),
             yard=YardConfig(**yard),
             catalog=catalog,
+            weights=weights,
+            engine=EngineConfig(**engine),
             devices=tuple(DeviceConfig(**given) for given in devices or ()),
             roots=roots,
             models=tuple(ModelConfig(**given) for given in models.values()),
@@ -178,6 +207,27 @@ class _Reader:
             except RuleError as error:
                 self._report_all((*path, "file"), error.findings)
         return CatalogConfig(path=file if durable else None)
+
+    def _weights(self) -> WeightsConfig:
+        path = ("weights",)
+        table = self._table(path)
+        self._refuse_unknown(path, table, ("store", "in_place", "read", "arena"))
+        store: Path | None = self._default_store
+        found: dict[str, Any] = {"in_place": False, "read": "map", "arena": 0}
+        checks: dict[str, Rule] = {
+            "store": lambda value: _folder_to_write(self._base, value),
+            "in_place": boolean,
+            "read": one_of(*READ_MODES),
+            "arena": size(0, MAX_SIZE_BYTES),
+        }
+        for name, check in checks.items():
+            if name in table:
+                try:
+                    found[name] = check(table[name])
+                except RuleError as error:
+                    self._report_all((*path, name), error.findings)
+        store = None if found["in_place"] else found.get("store", store)
+        return WeightsConfig(store=store, read=found["read"], arena=found["arena"])
 
     def _devices(self) -> list[dict[str, Any]] | None:
         """Read the devices; None if they are no array of tables."""
@@ -327,6 +377,20 @@ def _file_to_write(base: Path, value: object) -> Path:
             raise RuleError(f"the folder of {quoted(text)} does not exist: create it")
         if path.exists() and not path.is_file():
             raise RuleError(f"{quoted(text)} is not a file")
+    except OSError as error:
+        raise RuleError(f"{quoted(text)} cannot be opened: {error.strerror}") from error
+    return path
+
+
+def _folder_to_write(base: Path, value: object) -> Path:
+    """Return the absolute path of a folder that may be made. Raises ``RuleError``."""
+    text = _local_path(value, "a folder")
+    path = base.absolute() / text
+    try:
+        if not path.parent.is_dir():
+            raise RuleError(f"the folder above {quoted(text)} does not exist: create it")
+        if path.exists() and not path.is_dir():
+            raise RuleError(f"{quoted(text)} is not a folder")
     except OSError as error:
         raise RuleError(f"{quoted(text)} cannot be opened: {error.strerror}") from error
     return path

@@ -23,13 +23,16 @@ from modelyard_server.devices.sizes import MAX_SIZE_BYTES
 
 __all__ = [
     "MAX_DEVICES",
+    "READ_MODES",
     "TASKS",
     "CatalogConfig",
     "Config",
     "DeviceConfig",
+    "EngineConfig",
     "ModelConfig",
     "Section",
     "ServerConfig",
+    "WeightsConfig",
     "YardConfig",
     "plan_conflicts",
     "rule_of",
@@ -38,6 +41,9 @@ __all__ = [
 
 MAX_DEVICES: Final = 16
 """Most devices of a yard; the core's own limit."""
+
+READ_MODES: Final = ("map", "owned", "arena")
+"""How weights come into host memory."""
 
 TASKS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -187,6 +193,8 @@ class DeviceConfig:
     """What budgets leave alone of what it has, in bytes."""
     transfer_bandwidth: int = field(default=0, metadata=_ruled(rules.bandwidth))
     """Most that loads bring onto it, in bytes a second; 0 is as fast as it goes."""
+    worker: str = field(default="models", metadata=_ruled(rules.identifier))
+    """The worker process that its models are in; devices that name the same one share it."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -286,6 +294,59 @@ class CatalogConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsConfig:
+    """Where weights are kept and how they are read: ``[weights]``.
+
+    Raises:
+        ValueError: a field breaks its rule, or the store's path is not absolute.
+    """
+
+    store: Path | None = None
+    """Absolute path of the folder of the server's own copies; None reads models where they lie."""
+    read: str = "map"
+    """How they come into host memory: ``map``, ``owned`` or ``arena``."""
+    arena: int = 0
+    """Most bytes that an arena keeps for the next model while nobody uses them."""
+
+    def __post_init__(self) -> None:
+        if self.store is not None and not self.store.is_absolute():
+            raise ValueError(f"weights: the path must be absolute, got {quoted(str(self.store))}")
+        if self.read not in READ_MODES:
+            raise ValueError(f"weights: read must be one of {', '.join(READ_MODES)}")
+        if self.arena < 0:
+            raise ValueError("weights: arena must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Where models run: ``[engine]``.
+
+    Raises:
+        ValueError: a field breaks its rule.
+    """
+
+    kind: str = field(default="process", metadata=_ruled(rules.one_of("process", "thread")))
+    """``process``: in worker processes, so that a model can break only itself; ``thread``: in the
+    server's own."""
+    run_limit_s: float = field(default=60.0, metadata=_ruled(rules.seconds(0.01, _DAY_S)))
+    """A run that takes longer hangs: its worker is ended. In seconds."""
+    load_limit_s: float = field(default=900.0, metadata=_ruled(rules.seconds(0.1, _DAY_S)))
+    """The same for a load."""
+    headroom: int = field(default=2 * 1024**3, metadata=_ruled(rules.size(0, MAX_SIZE_BYTES)))
+    """What a worker may allocate beside what its devices' budgets allow, in bytes."""
+    strikes: int = field(default=3, metadata=_ruled(rules.integer(1, 1000)))
+    """Workers a model may bring down within ten minutes before it is not loaded any more."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
+        """See ``Section``."""
+        yield from ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A whole configuration.
 
@@ -299,6 +360,10 @@ class Config:
     """How it decides."""
     catalog: CatalogConfig = field(default_factory=CatalogConfig)
     """Where it keeps what must survive it."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """Where it keeps weights."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Where models run."""
     devices: tuple[DeviceConfig, ...]
     """1 to ``MAX_DEVICES`` devices, all different, in the order of the file."""
     roots: Mapping[str, Path] = field(default_factory=lambda: MappingProxyType({}), hash=False)

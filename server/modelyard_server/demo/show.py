@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from modelyard import Admin, Client, KeyNotFound, Prediction
+from modelyard import Admin, Client, EventType, KeyNotFound, Prediction
 from modelyard_server.demo.models import PackageMissing, PreparedModel, prepare
 from modelyard_server.demo.process import RunningServer, ServerEnded, modelyard_server
 from modelyard_server.demo.text import read_requests
@@ -113,6 +113,7 @@ def _serve_and_ask(console: Console, config: Path, models: list[PreparedModel]) 
         _show_rows(console, rows)
         _show_crowd(console, client, admin)
         _show_refusal(console, client, admin)
+        _show_reloads(console, admin, models)
         within = _show_devices(console, admin)
     if server.exit_code:
         console.print(f"[red]the server ended with exit code {server.exit_code}[/red]")
@@ -277,8 +278,8 @@ def _show_rows(console: Console, rows: list[_Answered]) -> None:
     # On a narrow terminal the texts give way, and the figures stay.
     table.add_column("key", no_wrap=True, min_width=14)
     table.add_column("model", no_wrap=True, min_width=11)
-    table.add_column("asked", no_wrap=True, max_width=30, overflow="ellipsis")
-    table.add_column("answer", no_wrap=True, max_width=34, overflow="ellipsis")
+    table.add_column("asked", no_wrap=True, max_width=28, overflow="ellipsis")
+    table.add_column("answer", no_wrap=True, max_width=33, overflow="ellipsis")
     table.add_column("device", no_wrap=True, min_width=6)
     table.add_column("hit?", no_wrap=True, min_width=4)
     table.add_column("ms", justify="right", no_wrap=True, min_width=4)
@@ -330,14 +331,50 @@ def _show_refusal(console: Console, client: Client, admin: Admin) -> None:
         console.print(f"An unknown key: {error.reason} ({error}); models evicted: {evicted}.\n")
 
 
+def _show_reloads(console: Console, admin: Admin, models: list[PreparedModel]) -> None:
+    """What it costs that a model is away, and what those that are there have in common."""
+    table = Table(title="What coming back costs", caption_justify="left")
+    for column in ("model", "weights", "loads", "first", "last", "now holds", "of that shared"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    sizes = {model.name: model.size_bytes for model in models}
+    shared = 0
+    for residency in admin.list_residencies():
+        name = residency.model.removeprefix("models/")
+        held = sum(charge.size_bytes for charge in residency.charges)
+        common = sum(charge.shared_bytes for charge in residency.charges)
+        took_ms = [
+            event.load_s * 1000
+            for event in admin.explain(name).events
+            if event.type is EventType.LOAD_DONE and event.load_s is not None
+        ]
+        shared += common
+        table.add_row(
+            name,
+            format_size(sizes[name]),
+            str(residency.load_count),
+            f"{took_ms[0]:.1f} ms" if took_ms else "",
+            f"{took_ms[-1]:.1f} ms" if len(took_ms) > 1 else "",
+            format_size(held) if held else "",
+            format_size(common) if common else "",
+        )
+    saved = sum(device.saved_bytes for device in admin.list_devices())
+    if shared:
+        table.caption = (
+            "the fine-tunes have most of their tensors in common with the model they were made "
+            f"from: held and charged once, which saves {format_size(saved)} now"
+        )
+    console.print(table)
+
+
 def _show_devices(console: Console, admin: Admin) -> bool:
-    """The second table. False if a device was ever over its budget."""
+    """The last table. False if a device was ever over its budget."""
     table = Table(title="The devices")
     for column in (
         "device",
         "budget",
         "peak accounted",
         "peak measured",
+        "saved by sharing",
         "loads",
         "evictions",
     ):
@@ -351,6 +388,7 @@ def _show_devices(console: Console, admin: Admin) -> bool:
             format_size(device.budget_bytes),
             f"{format_size(device.peak_accounted_bytes)}{'' if ok else ' OVER'}",
             format_size(device.peak_measured_bytes),
+            format_size(device.saved_bytes),
             str(device.load_count),
             str(device.eviction_count),
         )
@@ -358,7 +396,8 @@ def _show_devices(console: Console, admin: Admin) -> bool:
     stats = admin.stats()
     console.print(
         f"Peak accounted is within the budget on every device: {'yes' if within else 'NO'}. "
-        f"Loading took {stats.load_s:.1f} s in all; the server process, torch included, peaked at "
-        f"{format_size(stats.peak_process_resident_bytes)}."
+        f"Loading took {stats.load_s:.1f} s in all, for {stats.load_count} loads. The server's own "
+        f"process peaked at {format_size(stats.peak_process_resident_bytes)}; its workers, torch "
+        f"and models included, hold {format_size(stats.worker_resident_bytes)}."
     )
     return within

@@ -52,6 +52,8 @@ class ManagedDevice:
         budget_bytes: most that models may hold when the server starts.
         reserve_bytes: what budgets leave alone of total_bytes.
         transfer_bytes_per_s: a logical device's bandwidth for loads; 0 for no limit.
+        worker: the worker process that its models are in, where the engine has such. A model in
+            parts is in one.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ManagedDevice:
     budget_bytes: int
     reserve_bytes: int = 0
     transfer_bytes_per_s: int = 0
+    worker: str = "models"
 
     @property
     def executes(self) -> bool:
@@ -76,6 +79,7 @@ class ManagedDevice:
             torch_device=self.torch_device,
             threads=self.threads,
             transfer_bytes_per_s=self.transfer_bytes_per_s,
+            group=self.worker,
         )
 
 
@@ -127,4 +131,5 @@ def _managed(config: DeviceConfig, probed: Probed) -> ManagedDevice:
         budget_bytes=config.budget.resolve(available),
         reserve_bytes=config.reserve,
         transfer_bytes_per_s=config.transfer_bandwidth,
+        worker=config.worker,
     )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from modelyard_server.runtimes.api import Price
 from modelyard_server.runtimes.targets import Target, resident_device, staging_bytes
 
-__all__ = ["PlacedAs", "charges_of", "enumerated", "placed_as", "prefixes_of", "whole"]
+__all__ = [
+    "PlacedAs",
+    "charges_of",
+    "enumerated",
+    "placed_as",
+    "placements_of",
+    "prefixes_of",
+    "shared_of",
+    "shares_on",
+    "whole",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +32,21 @@ class PlacedAs:
             for a model that could not be priced.
         prefixes: by position the shortest list of subtrees that says what is there, "" for the
             whole model. For people.
+        shared: what of the charge to the home device is for tensors that models hold together:
+            bytes by identity; see Price.shared. Empty for a model in parts.
     """
 
     target: Target
     charges: Mapping[int, int]
     prefixes: Mapping[int, tuple[str, ...]]
+    shared: Mapping[str, int] = field(default_factory=dict, repr=False)
+
+    def own_charges(self, shared_bytes: int) -> dict[int, int]:
+        """The charges without so many bytes of shared tensors on the home device."""
+        if not shared_bytes:
+            return dict(self.charges)
+        home = self.target.home
+        return {**self.charges, home: max(0, self.charges[home] - shared_bytes)}
 
 
 def whole(device: int, price: Price | None) -> PlacedAs:
@@ -35,6 +55,7 @@ def whole(device: int, price: Price | None) -> PlacedAs:
         target=Target.whole(device),
         charges={device: 0 if price is None else price.peak_bytes},
         prefixes={device: ("",)},
+        shared={} if price is None else price.shared,
     )
 
 
@@ -49,7 +70,12 @@ def placed_as(target: Target, price: Price | None, disk: frozenset[int]) -> Plac
     prefixes: dict[int, tuple[str, ...]] = {}
     for prefix, device in target.parts:
         prefixes[device] = (*prefixes.get(device, ()), prefix)
-    return PlacedAs(target=target, charges=charges_of(target, price, disk), prefixes=prefixes)
+    return PlacedAs(
+        target=target,
+        charges=charges_of(target, price, disk),
+        prefixes=prefixes,
+        shared=price.shared if price is not None and target.is_whole else {},
+    )
 
 
 def charges_of(target: Target, price: Price | None, disk: frozenset[int]) -> Mapping[int, int]:
@@ -70,6 +96,29 @@ def charges_of(target: Target, price: Price | None, disk: frozenset[int]) -> Map
     charges[target.home] += price.peak_bytes - price.resting_bytes
     charges[target.home] += staging_bytes(price.structure, target, disk)
     return charges
+
+
+def shared_of(ways: Sequence[PlacedAs]) -> Mapping[str, int]:
+    """The tensors that a model holds together with others in those of its ways that share.
+
+    They are the same in all of them: a way shares all that the model's price names, or nothing.
+    """
+    return next((way.shared for way in ways if way.shared), {})
+
+
+def shares_on(ways: Sequence[PlacedAs]) -> list[int]:
+    """For each way the position of the device on which it shares; -1 if it does not."""
+    return [way.target.home if way.shared else -1 for way in ways]
+
+
+def placements_of(ways: Sequence[PlacedAs], shared_bytes: int) -> list[dict[int, int]]:
+    """What each way charges for the model alone.
+
+    Args:
+        ways: of one model.
+        shared_bytes: what is charged apart, for the ways that share.
+    """
+    return [way.own_charges(shared_bytes if way.shared else 0) for way in ways]
 
 
 def enumerated(devices: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

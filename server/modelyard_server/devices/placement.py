@@ -121,6 +121,8 @@ def _cut(
 ) -> PlacedAs:
     chosen = _chosen(placement, devices)
     positions = [i for i in chosen if devices[i].executes]
+    # A model is in one process: that of the first device.
+    positions = [i for i in positions if devices[i].worker == devices[positions[0]].worker]
     disk = next((i for i in chosen if not devices[i].executes), None)
     if price is None:
         return whole(positions[0], None)
@@ -212,6 +214,12 @@ def _mapped(
         return _on_any(_of_device(next(iter(device_map.values())), devices), price)
     if target.is_whole:
         return (whole(home, price),)
+    workers = sorted({devices[i].worker for i in target.devices if devices[i].executes})
+    if len(workers) > 1:
+        raise placement_invalid(
+            f"the map has parts in the worker processes {' and '.join(workers)}; a model must be "
+            "in one: give its devices the same worker"
+        )
     return (placed_as(target, price, disk),)
 
 

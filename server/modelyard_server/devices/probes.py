@@ -13,18 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from modelyard.devices import Device, DeviceType
+from modelyard_server.devices.process_limit import process_limit_bytes
 from modelyard_server.runtimes.targets import DISK
 
 __all__ = ["Probe", "Probed", "host_memory_bytes", "probe_all", "probes"]
-
-_MEMINFO: Final = Path("/proc/meminfo")
-_CGROUP_LIMITS: Final = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,17 +65,8 @@ def probe_all(roots: Iterable[Path] = ()) -> list[Probed]:
 
 
 def host_memory_bytes() -> int:
-    """Memory this process may have: what the machine has, or less if its control group says so."""
-    lines = _MEMINFO.read_text().splitlines()
-    total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
-    for limit in _CGROUP_LIMITS:
-        try:
-            text = limit.read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
+    """Memory this process may have: the machine's, or less if its control groups say so."""
+    return process_limit_bytes().bytes
 
 
 def _cpu() -> tuple[Probed, ...]:

@@ -43,6 +43,7 @@ _WORDS = {
     EventType.DEVICE_DRAINED: "takes no models any more",
     EventType.DEVICE_UNDRAINED: "takes models again",
     EventType.QUEUED: "asked for while not in memory",
+    EventType.LOST: "lost {size}: the process that held it has died",
 }
 
 
@@ -77,6 +78,8 @@ def publish_decision(
     score: float | None = record["score"] if record["why"] in _SCORED else None
     waited_ns: int = record["waited_ns"]
     words = [_WORDS[type].format(size=format_size(record["bytes"]))]
+    if record["shared_bytes"]:
+        words.append(f"shares {format_size(record['shared_bytes'])} with others")
     if because:
         words.append(because)
     if type is EventType.REFUSED:
@@ -86,6 +89,7 @@ def publish_decision(
         subject,
         cause=cause,
         size_bytes=record["bytes"],
+        shared_bytes=record["shared_bytes"],
         score=score,
         waited_s=waited_ns * 1e-9 if waited_ns > 0 else None,
         load_s=load_s,
@@ -110,6 +114,8 @@ def _cause(record: Mapping[str, Any], where: str, name_of: Callable[[int], str])
             return OPERATOR, "because an operator asked for it"
         case "REMOVED":
             return OPERATOR, "because the model was deleted"
+        case "LOST":
+            return "", "because the process that held it has died"
         case "REPLACED":
             return OPERATOR, "because another copy of it has taken over"
         case _:

@@ -55,6 +55,7 @@ class EventType(enum.Enum):
     PLAN_APPLIED = 19
     PLAN_ROLLED_BACK = 20
     QUEUED = 21
+    LOST = 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,7 @@ class Event:
         subject: resource name of the model or device it is about, or "plan".
         cause: resource name of what it was done for, "operator", or "".
         size_bytes: bytes it is about, over all devices.
+        shared_bytes: what the model holds besides, and others with it.
         score: the policy's score of a model that was chosen to leave.
         waited_s: how long the oldest request had waited.
         load_s: how long a load took.
@@ -81,6 +83,7 @@ class Event:
     subject: str
     cause: str = ""
     size_bytes: int = 0
+    shared_bytes: int = 0
     score: float | None = None
     waited_s: float | None = None
     load_s: float | None = None
@@ -172,6 +175,7 @@ class Journal:
         *,
         cause: str = "",
         size_bytes: int = 0,
+        shared_bytes: int = 0,
         score: float | None = None,
         waited_s: float | None = None,
         load_s: float | None = None,
@@ -185,6 +189,7 @@ class Journal:
             subject=subject,
             cause=cause,
             size_bytes=size_bytes,
+            shared_bytes=shared_bytes,
             score=score,
             waited_s=waited_s,
             load_s=load_s,

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modelyard_server import _core
+from modelyard_server.devices.placed import PlacedAs, placements_of, shared_of, shares_on
+from modelyard_server.residency.shared import SharedTensors
 from modelyard_server.residency.values import DeviceUse
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ def device_use(yard: _core.Yard, device: int) -> DeviceUse:
         quarantined=account.quarantined,
         deficit=account.deficit,
         peak=account.peak,
+        saved=yard.saved(device),
         load_count=loads,
         eviction_count=evictions,
     )
@@ -88,14 +91,19 @@ class Rehearsal:
         now_ns: the time, which stands still from here.
         core_ids: the yard's ids of all its models, those included that were removed and still hold
             something.
+        shared: which tensors models have in common. Not changed: of a model that has only a part
+            of some in common with others, a rehearsal takes that part for its own.
 
     Attributes:
         departures: who was asked to leave, in that order; from `settle` on.
         no_room: why the last wish was refused, if it was because of pinned models.
     """
 
-    def __init__(self, yard: _core.Yard, now_ns: int, core_ids: Iterable[int]) -> None:
+    def __init__(
+        self, yard: _core.Yard, now_ns: int, core_ids: Iterable[int], shared: SharedTensors
+    ) -> None:
         self._yard = yard.clone()
+        self._shared = shared
         self._now_ns = now_ns
         self._core_ids = tuple(core_ids)
         self._told = self._yard.last_explained
@@ -120,7 +128,8 @@ class Rehearsal:
             elif entry.state is _core.State.DRAINING:
                 self._end_leases(core_id)
             elif entry.state is _core.State.UNLOADING:
-                self._run(self._yard.unload_done(core_id, self._now_ns, entry.held))
+                freed = self._yard.exclusive(core_id)
+                self._run(self._yard.unload_done(core_id, self._now_ns, freed))
         self.departures.clear()
 
     def right_after(
@@ -141,14 +150,19 @@ class Rehearsal:
         """Closes or opens a device."""
         self._run(self._yard.set_device_closed(device, closed, self._now_ns))
 
-    def add(self, charges: Sequence[Mapping[int, int]], *, replaces: int = 0) -> int:
+    def add(self, ways: Sequence[PlacedAs], *, replaces: int = 0) -> int:
         """Adds a model, cold, and returns its id."""
-        return self._yard.add_model("", [dict(charge) for charge in charges], 1.0, replaces)
+        shares, size_bytes = self._shared.known(shared_of(ways))
+        placements = placements_of(ways, size_bytes)
+        return self._yard.add_model("", placements, 1.0, replaces, shares, shares_on(ways))
 
-    def set_ways(self, core_id: int, charges: Sequence[Mapping[int, int]]) -> None:
+    def set_ways(self, core_id: int, ways: Sequence[PlacedAs]) -> None:
         """Replaces the ways in which a model may be loaded; what it holds stays as it is."""
-        placements = [dict(charge) for charge in charges]
-        self._run(self._yard.update_placements(core_id, placements, self._now_ns))
+        shares, size_bytes = self._shared.known(shared_of(ways))
+        placements = placements_of(ways, size_bytes)
+        self._run(
+            self._yard.update_placements(core_id, placements, self._now_ns, shares, shares_on(ways))
+        )
 
     def remove(self, core_id: int) -> None:
         """Takes a model out."""
@@ -204,8 +218,11 @@ class Rehearsal:
 
     def held(self, core_id: int) -> Mapping[int, int]:
         """What a model holds, by position of the device."""
-        entry = self._yard.entry(core_id)
-        return {} if entry is None else entry.held
+        return self._yard.held_with_shares(core_id)
+
+    def freed(self, core_id: int) -> Mapping[int, int]:
+        """What comes back when a model leaves now, by position of the device."""
+        return self._yard.exclusive(core_id)
 
     def account(self, device: int) -> _core.Account:
         """What a device has promised and holds."""
@@ -229,10 +246,8 @@ class Rehearsal:
                 case _core.Drain(model=model):
                     self._end_leases(model)
                 case _core.Unload(model=model):
-                    entry = self._yard.entry(model)
-                    assert entry is not None  # The core names only what it knows.
-                    done = self._yard.unload_done(model, self._now_ns, entry.held)
-                    todo.extend(done or ())
+                    freed = self._yard.exclusive(model)
+                    todo.extend(self._yard.unload_done(model, self._now_ns, freed) or ())
                 case _core.Refuse(ticket=ticket) as refusal if ticket == self._wish:
                     self._note_refusal(refusal)
                 case _:
@@ -268,7 +283,7 @@ class Rehearsal:
             self.departures.append(
                 Departure(
                     core_id=record["model"],
-                    charges=self.held(record["model"]),
+                    charges=self.freed(record["model"]),
                     why=record["why"],
                     cause=record["cause"],
                     device=record["device"],

@@ -19,18 +19,19 @@ import contextvars
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, assert_never
 
 from modelyard_server import _core
-from modelyard_server.devices.placed import PlacedAs
+from modelyard_server.devices.placed import PlacedAs, placements_of, shared_of, shares_on
 from modelyard_server.errors import Reason, Refusal
 from modelyard_server.execution.engine import Engine
 from modelyard_server.residency.journal import Journal
 from modelyard_server.residency.refusals import refusal_of
 from modelyard_server.residency.rehearsal import Rehearsal, device_use
+from modelyard_server.residency.shared import SharedTensors
 from modelyard_server.residency.telling import Teller
 from modelyard_server.residency.transfers import Transfers
 from modelyard_server.residency.values import (
@@ -140,6 +141,8 @@ class Residency:
         self._teller = Teller(
             self._yard, self.journal, handles=self._handles, device_names=device_names
         )
+        self._engine = engine
+        self._shared = SharedTensors(self._yard)
         self._transfers = Transfers(engine, device_names=device_names, outcomes=self)
 
     # --- Models -------------------------------------------------------------------------------
@@ -165,12 +168,21 @@ class Residency:
             replaces: a model whose place it is to take, and whose history it starts with. That one
                 stays until `replace`.
         """
-        core_id = self._yard.add_model(
-            spec.name,
-            [dict(way.charges) for way in ways],
-            reload_s,
-            0 if replaces is None else replaces.core_id,
-        )
+        shared = shared_of(ways)
+        shares = self._shared.claim(shared)
+        try:
+            core_id = self._yard.add_model(
+                spec.name,
+                placements_of(ways, sum(shared.values())),
+                reload_s,
+                0 if replaces is None else replaces.core_id,
+                shares,
+                shares_on(ways),
+            )
+        except BaseException:
+            self._shared.forget_unused(shares)
+            raise
+        self._shared.assign(core_id, shared)
         handle = ModelHandle(
             name=spec.name,
             core_id=core_id,
@@ -185,8 +197,17 @@ class Residency:
     def set_ways(self, handle: ModelHandle, ways: Sequence[PlacedAs]) -> None:
         """Replaces the ways in which a model may be loaded. What it holds now stays as it is."""
         handle.ways = tuple(ways)
-        charges = [dict(way.charges) for way in handle.ways]
-        self._apply(self._yard.update_placements(handle.core_id, charges, self._now_ns()))
+        shared = shared_of(handle.ways)
+        shares = self._shared.claim(shared)
+        actions = self._yard.update_placements(
+            handle.core_id,
+            placements_of(handle.ways, sum(shared.values())),
+            self._now_ns(),
+            shares,
+            shares_on(handle.ways),
+        )
+        self._shared.assign(handle.core_id, shared)
+        self._apply(actions)
 
     def replace(self, old: ModelHandle, new: ModelHandle) -> None:
         """Lets one model take another's place: who waits for the old one waits for the new one.
@@ -229,6 +250,30 @@ class Residency:
             self._release(future.result())
         else:
             future.add_done_callback(self._give_back)
+
+    def lost(self, core_ids: Iterable[int]) -> tuple[ModelHandle, ...]:
+        """What held these models has died: they leave, and their memory is back already.
+
+        Args:
+            core_ids: the yard's ids of models, in memory or not.
+
+        Returns:
+            Those that were there to be used.
+        """
+        gone = []
+        for core_id in core_ids:
+            entry, handle = self._yard.entry(core_id), self._handles.get(core_id)
+            if entry is None or handle is None:
+                continue
+            if entry.state is State.RESIDENT and not entry.removed:
+                gone.append(handle)
+            if entry.state in (State.RESIDENT, State.DRAINING):
+                self._apply(self._yard.lost(core_id, self._now_ns()))
+        return tuple(gone)
+
+    def handle_of(self, core_id: int) -> ModelHandle | None:
+        """The handle of a model that the yard knows, by the yard's id for it."""
+        return self._handles.get(core_id)
 
     async def unload(self, handle: ModelHandle) -> None:
         """Takes a model out of memory and returns when its memory is back.
@@ -321,6 +366,7 @@ class Residency:
 
     def set_budget(self, device: int, budget_bytes: int) -> None:
         """Changes a budget; what no longer fits drains."""
+        self._engine.set_budget(device, budget_bytes)
         self._apply(self._yard.set_budget(device, budget_bytes, self._now_ns()))
 
     def set_closed(self, device: int, closed: bool) -> None:
@@ -347,9 +393,16 @@ class Residency:
             return GONE
         failed = entry.state is State.FAILED
         loads = entry.load_count + handle.loads_before
+        charges = self._yard.held_with_shares(handle.core_id)
+        alone = self._yard.exclusive(handle.core_id)
         return ModelUse(
             state=entry.state,
-            charges=entry.held,
+            charges=charges,
+            shared={
+                device: size - alone.get(device, 0)
+                for device, size in charges.items()
+                if size > alone.get(device, 0)
+            },
             quarantined=entry.quarantined,
             pinned=entry.pinned,
             lease_count=entry.lease_count,
@@ -393,7 +446,7 @@ class Residency:
 
     def rehearse(self) -> Rehearsal:
         """A rehearsal of what would happen from here; see Rehearsal."""
-        return Rehearsal(self._yard, self._now_ns(), self._handles)
+        return Rehearsal(self._yard, self._now_ns(), self._handles, self._shared)
 
     def audit(self) -> None:
         """Checks the core's invariants. Raises RuntimeError with the first violation."""
@@ -529,19 +582,26 @@ class Residency:
 
     def unloaded(self, handle: ModelHandle, freed: Mapping[int, int]) -> Mapping[int, int]:
         """See Outcomes."""
+        held = self._yard.held_with_shares(handle.core_id)
+        alone = self._yard.exclusive(handle.core_id)
         missing = {
-            device: held - freed.get(device, 0)
-            for device, held in self.use(handle).charges.items()
-            if held > freed.get(device, 0)
+            # What others hold as well is theirs to give back.
+            device: min(alone.get(device, 0), size - freed.get(device, 0))
+            for device, size in held.items()
+            if size > freed.get(device, 0) and alone.get(device, 0)
         }
-        self._apply(self._yard.unload_done(handle.core_id, self._now_ns(), dict(freed)))
+        back = {device: size - missing.get(device, 0) for device, size in alone.items()}
+        self._apply(self._yard.unload_done(handle.core_id, self._now_ns(), back))
         self._settle(handle)
         self._forget_if_gone(handle)
         return missing
 
     def reclaimed(self, handle: ModelHandle, back: Mapping[int, int]) -> None:
         """See Outcomes."""
-        self._apply(self._yard.reclaimed(handle.core_id, self._now_ns(), dict(back)))
+        lost = self.use(handle).quarantined
+        # Of what others held as well nothing was lost.
+        found = {device: min(size, lost[device]) for device, size in back.items() if device in lost}
+        self._apply(self._yard.reclaimed(handle.core_id, self._now_ns(), found))
         self.journal.changed(handle.name)
         self._forget_if_gone(handle)
 
@@ -558,6 +618,7 @@ class Residency:
     def _forget_if_gone(self, handle: ModelHandle) -> None:
         if self._yard.entry(handle.core_id) is None:
             self._handles.pop(handle.core_id, None)
+            self._shared.drop(handle.core_id)
             self._teller.forget(handle.core_id)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from modelyard_server import _core
-from modelyard_server.devices.placed import PlacedAs
+from modelyard_server.devices.placed import PlacedAs, shared_of
 from modelyard_server.errors import Refusal
 from modelyard_server.execution.engine import Engine
 from modelyard_server.residency.values import MAX_BYTES, ModelHandle
@@ -25,7 +25,7 @@ __all__ = ["Outcomes", "Transfers"]
 logger = logging.getLogger(__name__)
 
 _RECHECK_S = (0.1, 1.0, 5.0, 30.0)
-"""When an unload's missing memory is looked for again; the last one repeats."""
+"""When an unload's missing memory is looked for again; the last one repeats. And at each unload."""
 
 
 class Outcomes(Protocol):
@@ -68,6 +68,8 @@ class Transfers:
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._rechecks: set[asyncio.Task[None]] = set()
+        # Set at the end of the next unload.
+        self._unloaded = asyncio.Event()
 
     @property
     def count(self) -> int:
@@ -118,6 +120,8 @@ class Transfers:
         handle.load_started = began = loop.time()
         handle.load_stopped = self._closing
         try:
+            if handle.barred_text:
+                raise ModelFilesError(handle.barred_text)
             await self._price_again(handle)
             # The engine did not know of the load until now, and could not stop it.
             if handle.load_stopped:
@@ -155,13 +159,15 @@ class Transfers:
         self._outcomes.load_failed(handle, failure)
 
     async def _price_again(self, handle: ModelHandle) -> None:
-        """Looks whether the files have grown since they were priced.
+        """Looks whether the files have grown since they were priced, or hold other tensors.
 
         If so, what is reserved is too little: the load is given up, and the core, told the new
         price, makes room for it and asks again.
         """
         price = await self._engine.price(handle.spec)
-        if price.peak_bytes <= handle.priced_bytes:
+        shared = shared_of(handle.ways)
+        is_same = not shared or price.shared is shared or price.shared == shared
+        if price.peak_bytes <= handle.priced_bytes and is_same:
             return
         if price.peak_bytes > MAX_BYTES:
             raise ModelFilesError(f"needs {price.peak_bytes} bytes, more than any device has")
@@ -176,6 +182,8 @@ class Transfers:
     async def _unload(self, handle: ModelHandle) -> None:
         freed = await self._engine.unload(handle.core_id)
         missing = self._outcomes.unloaded(handle, freed)
+        self._unloaded.set()
+        self._unloaded = asyncio.Event()
         for device, size_bytes in missing.items():
             logger.error(
                 "%s kept %d bytes on %s after its unload; they are quarantined",
@@ -189,8 +197,13 @@ class Transfers:
     async def _recheck(self, handle: ModelHandle) -> None:
         attempt = 0
         while self._outcomes.is_short(handle):
-            await asyncio.sleep(_RECHECK_S[min(attempt, len(_RECHECK_S) - 1)])
-            attempt += 1
+            try:
+                async with asyncio.timeout(_RECHECK_S[min(attempt, len(_RECHECK_S) - 1)]):
+                    # It may be in an allocation that another model keeps: then it is back with that
+                    # one, and a load may be waiting for it.
+                    await self._unloaded.wait()
+            except TimeoutError:
+                attempt += 1
             back = await self._engine.recheck(handle.core_id)
             if back:
                 logger.info("%d quarantined bytes of %s are back", sum(back.values()), handle.name)

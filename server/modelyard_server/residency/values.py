@@ -79,6 +79,7 @@ class ModelHandle:
         load_started: set while it is being loaded: the loop's time when that began, in seconds.
         load_stopped: its load was told to stop.
         failure_text: why its last load failed, while it is FAILED.
+        barred_text: why it is not to be loaded any more; empty if it may be.
     """
 
     name: str
@@ -93,6 +94,7 @@ class ModelHandle:
     load_started: float | None = None
     load_stopped: bool = False
     failure_text: str = ""
+    barred_text: str = ""
     _settled: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
@@ -103,10 +105,16 @@ class ModelHandle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelUse:
-    """Where a model stands, at one moment. Charges are bytes by position of the device."""
+    """Where a model stands, at one moment. Charges are bytes by position of the device.
+
+    Attributes:
+        charges: all it holds.
+        shared: what of that other models hold as well.
+    """
 
     state: _core.State
     charges: dict[int, int]
+    shared: dict[int, int]
     quarantined: dict[int, int]
     pinned: bool
     lease_count: int
@@ -122,7 +130,10 @@ class ModelUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceUse:
-    """What a device has promised and holds, at one moment, in bytes."""
+    """What a device has promised and holds, at one moment, in bytes.
+
+    `saved` is what its models would hold more if each held alone what it shares with others.
+    """
 
     budget: int
     reserved: int
@@ -131,6 +142,7 @@ class DeviceUse:
     quarantined: int
     deficit: int
     peak: int
+    saved: int
     load_count: int
     eviction_count: int
 
@@ -138,6 +150,7 @@ class DeviceUse:
 GONE = ModelUse(
     state=State.COLD,
     charges={},
+    shared={},
     quarantined={},
     pinned=False,
     lease_count=0,

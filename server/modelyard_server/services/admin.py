@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 
 from modelyard.v1 import admin_service_pb2 as pb
-from modelyard_server.observability.process import peak_resident_bytes, resident_bytes
+from modelyard_server.execution.engine import Engine
+from modelyard_server.observability.process import (
+    peak_resident_bytes,
+    read_process_memory,
+    resident_bytes,
+)
 from modelyard_server.residency.shell import Residency
 from modelyard_server.services.inference import InferenceFigures
 from modelyard_server.transport.api import Call
@@ -22,9 +29,15 @@ class AdminService:
     """Tells what the server is and what it has done."""
 
     def __init__(
-        self, *, residency: Residency, figures: InferenceFigures, runtimes: Sequence[str]
+        self,
+        *,
+        residency: Residency,
+        engine: Engine,
+        figures: InferenceFigures,
+        runtimes: Sequence[str],
     ) -> None:
         self._residency = residency
+        self._engine = engine
         self._figures = figures
         self._runtimes = tuple(sorted(runtimes))
         self._started = datetime.now(UTC)
@@ -58,9 +71,19 @@ class AdminService:
             waiting_request_count=self._residency.waiting_count,
             process_resident_bytes=resident_bytes(),
             peak_process_resident_bytes=peak_resident_bytes(),
+            worker_resident_bytes=await asyncio.to_thread(_held_by, self._engine.pids.values()),
         )
         response.load_duration.FromTimedelta(timedelta(seconds=counters.load_seconds))
         return response
+
+
+def _held_by(pids: Iterable[int]) -> int:
+    """Bytes that processes hold together. Reading it takes milliseconds."""
+    held = 0
+    for pid in pids:
+        with suppress(ProcessLookupError):  # It has died just now.
+            held += read_process_memory(pid).proportional_bytes
+    return held
 
 
 def _version(distribution: str) -> str:

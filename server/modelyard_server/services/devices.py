@@ -238,4 +238,5 @@ class DeviceService:
             drained=drained,
             total_bytes=device.total_bytes,
             transfer_bytes_per_second=device.transfer_bytes_per_s,
+            saved_bytes=use.saved,
         )

@@ -14,7 +14,7 @@ from modelyard.v1 import inference_service_pb2 as pb
 from modelyard_server.catalog.model import Model
 from modelyard_server.errors import Reason, Refusal, Resource, Violation
 from modelyard_server.execution.dispatch import run_leased
-from modelyard_server.execution.engine import Engine, ModelFailed
+from modelyard_server.execution.engine import Engine, ModelFailed, WorkerLost
 from modelyard_server.residency.shell import Lease, Residency, heir_of
 from modelyard_server.routing.resolve import resolve
 from modelyard_server.runtimes.api import OptionError
@@ -30,6 +30,8 @@ __all__ = ["InferenceFigures", "InferenceService"]
 logger = logging.getLogger(__name__)
 
 _NS = 1_000_000_000
+_RELOAD_S = 0.1
+"""When a model of a worker that died may be there again."""
 _ANSWER_MARGIN = 0.05
 _MOST_MARGIN_S = 0.05
 
@@ -117,6 +119,8 @@ class InferenceService:
             raise invalid(Violation(f"parameters.{error.option}", error.text)) from None
         except ModelFailed as error:
             raise _failed(model, error) from None
+        except WorkerLost as error:
+            raise Refusal(Reason.WORKER_LOST, error.text, retry_after_s=_RELOAD_S) from None
 
         served = pb.Served(model=f"models/{model.id}", device=self._device_names[device])
         _set_duration(served.wait_duration, leased_ns - began_ns)

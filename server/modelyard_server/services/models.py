@@ -193,6 +193,7 @@ class ModelService:
             runtime=draft.runtime,
             task=draft.task,
             estimated_bytes=model.estimated_bytes,
+            estimated_activation_bytes=model.activation_bytes,
             etag=model.etag,
             owner=_OWNERS[model.owner],
             placed_by_plan=model.given is not None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from modelyard.v1 import residency_pb2
 from modelyard.v1 import residency_service_pb2 as pb
@@ -13,6 +13,7 @@ from modelyard_server.catalog.registry import Registry
 from modelyard_server.catalog.writes import Writes
 from modelyard_server.errors import Reason, Refusal
 from modelyard_server.residency.shell import Residency
+from modelyard_server.residency.values import ModelHandle
 from modelyard_server.services.models import model_id_of
 from modelyard_server.services.paging import page
 from modelyard_server.services.residency_messages import residency_message
@@ -22,7 +23,17 @@ __all__ = ["ResidencyService"]
 
 
 class ResidencyService:
-    """Loads, unloads and pins models by hand, and tells where each stands."""
+    """Loads, unloads and pins models by hand, and tells where each stands.
+
+    Args:
+        catalog: which models there are.
+        registry: how they are pinned.
+        residency: which are in memory.
+        writes: keeps changes apart.
+        device_names: resource names of the devices, by position.
+        max_deadline_s: longest that a call waits.
+        forgive: lets a model be loaded again that was barred for bringing its workers down.
+    """
 
     def __init__(
         self,
@@ -33,6 +44,7 @@ class ResidencyService:
         writes: Writes,
         device_names: Sequence[str],
         max_deadline_s: float,
+        forgive: Callable[[ModelHandle], None],
     ) -> None:
         self._catalog = catalog
         self._registry = registry
@@ -40,10 +52,13 @@ class ResidencyService:
         self._writes = writes
         self._device_names = tuple(device_names)
         self._max_deadline_s = max_deadline_s
+        self._forgive = forgive
 
     async def load_model(self, request: pb.LoadModelRequest, call: Call) -> pb.LoadModelResponse:
         """See ResidencyService.LoadModel."""
         model = self._model(request.model)
+        # Even if it is refused now, because its last load failed a moment ago.
+        self._forgive(model.handle)
         self._residency.want(model.handle)
         return pb.LoadModelResponse(residency=self._message(model))
 

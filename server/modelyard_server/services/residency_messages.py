@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 
 from modelyard.v1 import event_pb2, residency_pb2
 from modelyard_server.residency.journal import Event
@@ -41,7 +42,7 @@ def residency_message(
         name=f"residencies/{model_id}",
         model=f"models/{model_id}",
         state=_STATES[use.state],
-        charges=_charges(use.charges, device_names),
+        charges=_charges(use.charges, device_names, use.shared),
         pinned=use.pinned,
         lease_count=use.lease_count,
         waiting_request_count=use.waiting_count,
@@ -67,6 +68,7 @@ def event_message(event: Event) -> event_pb2.Event:
         subject=event.subject,
         cause=event.cause,
         size_bytes=event.size_bytes,
+        shared_bytes=event.shared_bytes,
         score=event.score,
         description=event.description,
         identity=event.identity,
@@ -80,9 +82,13 @@ def event_message(event: Event) -> event_pb2.Event:
 
 
 def _charges(
-    charges: Mapping[int, int], device_names: Sequence[str]
+    charges: Mapping[int, int],
+    device_names: Sequence[str],
+    shared: Mapping[int, int] = MappingProxyType({}),
 ) -> list[residency_pb2.DeviceCharge]:
     return [
-        residency_pb2.DeviceCharge(device=device_names[device], size_bytes=size)
+        residency_pb2.DeviceCharge(
+            device=device_names[device], size_bytes=size, shared_bytes=shared.get(device, 0)
+        )
         for device, size in sorted(charges.items())
     ]
