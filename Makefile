@@ -33,11 +33,11 @@ SOURCES := $(shell find proto csrc/include csrc/src csrc/bindings 2>/dev/null)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check core fuzz bench bench-plan dev clean FORCE \
+.PHONY: help demo test check core fuzz bench bench-plan bench-weights dev clean FORCE \
 	check-format check-lint check-types check-proto check-cpp check-tracked
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.package $(VENV)/.demo ## real models, twice the budget, one server: watch it serve them all
 	@$(BIN)/modelyard demo
@@ -73,6 +73,9 @@ bench: $(VENV)/.package $(VENV)/.demo ## the core's costs and the whole server a
 
 bench-plan: $(VENV)/.package $(VENV)/.demo ## 20 plan changes under load, a split model, 200 x kill -9; writes build/bench/plan.json
 	@$(BIN)/python -m bench.plan_change --output build/bench/plan.json
+
+bench-weights: $(VENV)/.package $(VENV)/.demo ## loading, sharing and releasing weights against their limits; writes build/bench/weights.json
+	@$(BIN)/python -m bench.weights --output build/bench/weights.json
 
 dev: $(VENV)/.package $(VENV)/.dev ## an editable install with every development tool
 	@echo "ready: . $(VENV)/bin/activate"

@@ -25,9 +25,12 @@ __all__ = ["Steps", "audited", "may_hold"]
 _EVENTS: Final = frozenset(
     {
         "add_model",
+        "add_share",
         "cancel",
+        "forget_share",
         "load_done",
         "load_failed",
+        "lost",
         "pin",
         "reclaimed",
         "release",
@@ -36,6 +39,7 @@ _EVENTS: Final = frozenset(
         "request",
         "set_budget",
         "set_device_closed",
+        "split_share",
         "tick",
         "try_acquire",
         "unload",
@@ -54,13 +58,17 @@ _LOOKS: Final = frozenset(
         "device_count",
         "device_counters",
         "entry",
+        "exclusive",
         "explanations",
         "explanations_after",
+        "held_with_shares",
         "last_explained",
         "lease_count",
         "leases_of",
         "model_count",
         "policy",
+        "saved",
+        "share_count",
         "waiting_count",
     }
 )
