@@ -2,7 +2,8 @@
 
 The mapping is private: a model that writes to its own weights changes its copy of a page, never the
 file. The file itself must not be changed while a model is loaded from it; replacing it by renaming
-another over it is harmless, truncating it is not (see docs on model folders).
+another over it is harmless, truncating it is not. Nobody changes files of the store; of a folder
+that is read in place its owner has to see to it.
 
 Tensors that live on the disk are mapped like the others, but their pages are not read ahead. An
 Extent says where they lie, so that they can be read before they are used and given back afterwards.
