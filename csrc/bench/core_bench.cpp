@@ -1,5 +1,7 @@
 #include <benchmark/benchmark.h>
 
+#include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -77,6 +79,7 @@ void BM_AcquireRelease(benchmark::State& state, std::string_view policy) {
   if (!out.empty()) std::abort();
   state.SetItemsProcessed(static_cast<std::int64_t>(state.iterations()));
 }
+BENCHMARK_CAPTURE(BM_AcquireRelease, ensemble, "ensemble");
 BENCHMARK_CAPTURE(BM_AcquireRelease, gap, "gap");
 BENCHMARK_CAPTURE(BM_AcquireRelease, lru, "lru");
 
@@ -135,6 +138,7 @@ void BM_Plan1000x8(benchmark::State& state, std::string_view policy) {
   }
   state.counters["victims"] = static_cast<double>(victims);
 }
+BENCHMARK_CAPTURE(BM_Plan1000x8, ensemble, "ensemble")->Unit(benchmark::kMicrosecond);
 BENCHMARK_CAPTURE(BM_Plan1000x8, gap, "gap")->Unit(benchmark::kMicrosecond);
 BENCHMARK_CAPTURE(BM_Plan1000x8, lru, "lru")->Unit(benchmark::kMicrosecond);
 
@@ -153,7 +157,12 @@ void BM_PlannerOnly1000x8(benchmark::State& state) {
   std::mt19937 random(3);
   RequestClock clock = 0;
   for (int i = 0; i < 20000; ++i) {
-    policy->on_request(static_cast<EntryIndex>(random() % kModels), ++clock);
+    const auto entry = static_cast<EntryIndex>(random() % kModels);
+    policy->on_request(Wish{.entry = entry,
+                            .held = &crowd.charges[entry],
+                            .weight = 1e-3,
+                            .reload_seconds = crowd.reload_seconds[entry]},
+                       ++clock);
   }
   const std::vector<Bytes> budgets(kDevices, crowd.budget);
   Charge shortfall;
@@ -204,6 +213,84 @@ void BM_RequestMissCycle(benchmark::State& state) {
   state.SetItemsProcessed(static_cast<std::int64_t>(state.iterations()));
 }
 BENCHMARK(BM_RequestMissCycle)->Unit(benchmark::kMicrosecond);
+
+// Does what the yard asks for, at once and as expected, until it asks for nothing.
+void follow(Yard& yard, Actions& todo, Actions& out) {
+  for (std::size_t i = 0; i < todo.size(); ++i) {
+    out.clear();
+    const Action action = todo[i];
+    if (const auto* unload = std::get_if<Unload>(&action)) {
+      must(yard.unload_done(unload->model, Tick{}, yard.exclusive(unload->model), out));
+    } else if (const auto* load = std::get_if<Load>(&action)) {
+      const Entry& entry = *yard.entry(load->model);
+      const std::chrono::duration<double> took(entry.reload_seconds);
+      must(yard.load_done(load->model, Tick{}, Charge(entry.held),
+                          std::chrono::duration_cast<Duration>(took), out));
+    } else if (const auto* grant = std::get_if<Grant>(&action)) {
+      must(yard.release(grant->lease, Tick{}, out));
+    } else if (std::holds_alternative<Refuse>(action)) {
+      std::abort();
+    }
+    todo.insert(todo.end(), out.begin(), out.end());
+  }
+}
+
+// A request for one of `models` by Zipf's law (0.9), a fifth of whose bytes fit: what it displaces,
+// its load and its release included, as a mean over hits and misses.
+void BM_ArrivalWithShadows(benchmark::State& state, std::string_view policy) {
+  const auto count = static_cast<std::size_t>(state.range(0));
+  std::mt19937 random(7);
+  std::vector<std::int64_t> bytes(count);
+  std::int64_t all = 0;
+  for (std::int64_t& each : bytes) all += each = (100 + random() % 8000) * kUnit;
+  Yard yard = make_yard(1, Bytes{all / 5}, policy);
+  std::vector<ModelId> models;
+  std::vector<double> weights;
+  for (std::size_t i = 0; i < count; ++i) {
+    ModelSpec spec;
+    spec.placements = {Charge(device(0), Bytes{bytes[i]})};
+    spec.reload_seconds = 0.5 + static_cast<double>(bytes[i]) / 2e9;
+    models.push_back(must(yard.add_model(std::move(spec))));
+    weights.push_back(std::pow(static_cast<double>(i + 1), -0.9));
+  }
+  std::discrete_distribution<std::size_t> draw(weights.begin(), weights.end());
+  std::vector<ModelId> sequence(1 << 16);
+  for (ModelId& each : sequence) each = models[draw(random)];
+  Actions todo;
+  Actions out;
+  std::size_t i = 0;
+  const auto arrive = [&] {
+    const ModelId model = sequence[i];
+    i = (i + 1) & (sequence.size() - 1);
+    todo.clear();
+    if (const auto lease = must(yard.try_acquire(model, Tick{}))) {
+      must(yard.release(*lease, Tick{}, todo));
+    } else {
+      must(yard.request(model, Tick{}, kNever, todo));
+    }
+    follow(yard, todo, out);
+  };
+  for (std::size_t warm_up = 0; warm_up < sequence.size() / 2; ++warm_up) arrive();
+  const YardCounters before = yard.counters();
+  for (auto _ : state) arrive();
+  const YardCounters& after = yard.counters();
+  state.counters["hits"] = static_cast<double>(after.hit_count - before.hit_count) /
+                           static_cast<double>(after.request_count - before.request_count);
+  state.SetItemsProcessed(static_cast<std::int64_t>(state.iterations()));
+}
+BENCHMARK_CAPTURE(BM_ArrivalWithShadows, ensemble, "ensemble")
+    ->Arg(300)
+    ->Arg(5000)
+    ->Unit(benchmark::kMicrosecond);
+BENCHMARK_CAPTURE(BM_ArrivalWithShadows, learned, "learned")
+    ->Arg(300)
+    ->Arg(5000)
+    ->Unit(benchmark::kMicrosecond);
+// Without shadows: what of it is the yard's own.
+BENCHMARK_CAPTURE(BM_ArrivalWithShadows, gap, "gap")
+    ->Arg(300)
+    ->Arg(5000)
+    ->Unit(benchmark::kMicrosecond);
 
 }  // namespace
 }  // namespace modelyard

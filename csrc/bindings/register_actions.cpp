@@ -28,7 +28,11 @@ void register_actions(py::module_& module) {
   py::class_<Drain>(module, "Drain", "The model takes no new requests.")
       .def_property_readonly("model", [](const Drain& a) { return to_integer(a.model); });
   py::class_<Unload>(module, "Unload", "Give the model's memory back.")
-      .def_property_readonly("model", [](const Unload& a) { return to_integer(a.model); });
+      .def_property_readonly("model", [](const Unload& a) { return to_integer(a.model); })
+      .def_readonly("keep", &Unload::keep)
+      .def_property_readonly("most", [](const Unload& a) { return a.most.value; });
+  py::class_<DropCopy>(module, "DropCopy", "Give the memory of the model's copy back.")
+      .def_property_readonly("model", [](const DropCopy& a) { return to_integer(a.model); });
 
   py::native_enum<RefuseReason>(module, "RefuseReason", "enum.Enum",
                                 "Why a ticket will not be granted.")

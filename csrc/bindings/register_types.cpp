@@ -115,6 +115,20 @@ void register_types(py::module_& module) {
       .value("CANCELLED", LoadFailure::kCancelled)
       .finalize();
 
+  py::native_enum<Source>(module, "Source", "enum.Enum", "Where a load had the weights from.")
+      .value("STORAGE", Source::kStorage)
+      .value("PAGE_CACHE", Source::kPageCache)
+      .value("COPY", Source::kCopy)
+      .finalize();
+  py::native_enum<CopyState>(module, "CopyState", "enum.Enum",
+                             "Where the copy of a model's weights on the host tier stands.")
+      .value("NONE", CopyState::kNone)
+      .value("AWAITED", CopyState::kAwaited)
+      .value("MAKING", CopyState::kMaking)
+      .value("KEPT", CopyState::kKept)
+      .value("DROPPING", CopyState::kDropping)
+      .finalize();
+
   const auto amount = [](Bytes Account::* field) {
     return [field](const Account& account) { return (account.*field).value; };
   };
@@ -156,6 +170,8 @@ void register_types(py::module_& module) {
       .def_property_readonly("retry_at_ns",
                              [](const Entry& e) { return e.retry_at.time_since_epoch().count(); })
       .def_readonly("reload_seconds", &Entry::reload_seconds)
+      .def_property_readonly("copy_state", [](const Entry& e) { return e.copy.state; })
+      .def_property_readonly("copy_seconds", [](const Entry& e) { return e.times.from_copy(); })
       .def_readonly("load_count", &Entry::load_count)
       .def_readonly("eviction_count", &Entry::eviction_count);
 }

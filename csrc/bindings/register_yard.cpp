@@ -53,10 +53,19 @@ Duration nanoseconds_of(double seconds, const char* what) {
   return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
 }
 
+// A device, or the host tier.
+DeviceIndex account_index(const Yard& yard, std::int64_t at) {
+  if (yard.tier() != kNoDevice && at == static_cast<std::int64_t>(position(yard.tier()))) {
+    return yard.tier();
+  }
+  return device_index(yard, at);
+}
+
 Yard make_yard(const std::vector<std::int64_t>& budgets, const std::string& policy,
                std::uint32_t max_waiting_per_model, std::uint32_t max_waiting,
                std::uint32_t loads_per_device, double overdue_after_s, double backoff_initial_s,
-               double backoff_max_s, std::uint32_t explain_capacity) {
+               double backoff_max_s, std::uint32_t explain_capacity, std::int64_t tier_budget,
+               std::vector<bool> above_tier, std::int64_t copy_padding) {
   YardOptions options;
   for (std::int64_t budget : budgets) options.budgets.push_back(Bytes{budget});
   options.policy = policy;
@@ -67,6 +76,9 @@ Yard make_yard(const std::vector<std::int64_t>& budgets, const std::string& poli
   options.backoff_initial = nanoseconds_of(backoff_initial_s, "backoff_initial_s");
   options.backoff_max = nanoseconds_of(backoff_max_s, "backoff_max_s");
   options.explain_capacity = explain_capacity;
+  options.tier_budget = Bytes{tier_budget};
+  options.above_tier = std::move(above_tier);
+  options.copy_padding = Bytes{copy_padding};
   return unwrap(Yard::create(std::move(options)));
 }
 
@@ -107,17 +119,21 @@ void register_yard(py::module_& module) {
       .def_readonly("load_count", &YardCounters::load_count)
       .def_readonly("load_failure_count", &YardCounters::load_failure_count)
       .def_readonly("eviction_count", &YardCounters::eviction_count)
+      .def_readonly("promotion_count", &YardCounters::promotion_count)
+      .def_readonly("copy_count", &YardCounters::copy_count)
+      .def_readonly("copy_drop_count", &YardCounters::copy_drop_count)
       .def_readonly("load_seconds", &YardCounters::load_seconds);
 
   py::class_<Yard>(module, "Yard",
                    "Owns which model is resident where. Times are nanoseconds of the caller's "
                    "clock; charges are {device position: bytes}. Methods that can have "
                    "consequences return the actions to carry out, in order, or None.")
-      .def(py::init(&make_yard), py::kw_only(), py::arg("budgets"), py::arg("policy") = "gap",
+      .def(py::init(&make_yard), py::kw_only(), py::arg("budgets"), py::arg("policy") = "ensemble",
            py::arg("max_waiting_per_model") = 1024, py::arg("max_waiting") = 65536,
            py::arg("loads_per_device") = 1, py::arg("overdue_after_s") = 30.0,
            py::arg("backoff_initial_s") = 1.0, py::arg("backoff_max_s") = 60.0,
-           py::arg("explain_capacity") = 4096)
+           py::arg("explain_capacity") = 4096, py::arg("tier_budget") = 0,
+           py::arg("above_tier") = std::vector<bool>{}, py::arg("copy_padding") = 0)
       .def(
           "add_model",
           [](Yard& yard, std::string label, const py::list& placements, double reload_seconds,
@@ -258,14 +274,15 @@ void register_yard(py::module_& module) {
       .def(
           "load_done",
           [](Yard& yard, std::int64_t model, std::int64_t now, const py::dict& actual,
-             double took_s) {
+             double took_s, Source source) {
             const Charge charge = to_charge(actual);
             const Duration took = nanoseconds_of(took_s, "took_s");
             return actions_of([&](Actions& out) {
-              return yard.load_done(model_id(model), to_tick(now), charge, took, out);
+              return yard.load_done(model_id(model), to_tick(now), charge, took, source, out);
             });
           },
-          py::arg("model"), py::arg("now_ns"), py::arg("actual"), py::arg("took_s"))
+          py::arg("model"), py::arg("now_ns"), py::arg("actual"), py::arg("took_s"),
+          py::arg_v("source", Source::kStorage, "Source.STORAGE"))
       .def(
           "load_failed",
           [](Yard& yard, std::int64_t model, std::int64_t now, LoadFailure failure) {
@@ -276,13 +293,54 @@ void register_yard(py::module_& module) {
           py::arg("model"), py::arg("now_ns"), py::arg("failure"))
       .def(
           "unload_done",
-          [](Yard& yard, std::int64_t model, std::int64_t now, const py::dict& freed) {
+          [](Yard& yard, std::int64_t model, std::int64_t now, const py::dict& freed,
+             std::optional<std::int64_t> kept_bytes, double keep_s, bool is_kept) {
             const Charge charge = to_charge(freed);
+            std::optional<Kept> kept;
+            if (kept_bytes) {
+              kept = Kept{Bytes{*kept_bytes}, nanoseconds_of(keep_s, "keep_s"), is_kept};
+            }
             return actions_of([&](Actions& out) {
-              return yard.unload_done(model_id(model), to_tick(now), charge, out);
+              return yard.unload_done(model_id(model), to_tick(now), charge, kept, out);
+            });
+          },
+          "`kept_bytes`: what the copy holds beside the model's shares, or would have, if "
+          "`is_kept` is False; None if there is nothing to be said of a copy.",
+          py::arg("model"), py::arg("now_ns"), py::arg("freed"), py::arg("kept_bytes") = py::none(),
+          py::arg("keep_s") = 0.0, py::arg("is_kept") = true)
+      .def(
+          "copy_dropped",
+          [](Yard& yard, std::int64_t model, std::int64_t now, std::int64_t freed) {
+            return actions_of([&](Actions& out) {
+              return yard.copy_dropped(model_id(model), to_tick(now), Bytes{freed}, out);
             });
           },
           py::arg("model"), py::arg("now_ns"), py::arg("freed"))
+      .def(
+          "copy_lost",
+          [](Yard& yard, std::int64_t model, std::int64_t now) {
+            return actions_of(
+                [&](Actions& out) { return yard.copy_lost(model_id(model), to_tick(now), out); });
+          },
+          "The memory of a kept copy is gone without anybody having asked.", py::arg("model"),
+          py::arg("now_ns"))
+      .def(
+          "set_tier_budget",
+          [](Yard& yard, std::int64_t budget, std::int64_t now) {
+            return actions_of([&](Actions& out) {
+              return yard.set_tier_budget(Bytes{budget}, to_tick(now), out);
+            });
+          },
+          py::arg("budget"), py::arg("now_ns"))
+      .def(
+          "forgive",
+          [](Yard& yard, std::int64_t model, std::int64_t now) {
+            if (Status done = yard.forgive(model_id(model), to_tick(now)); !done) {
+              raise(done.error());
+            }
+          },
+          "Forgets that loads have failed: a FAILED model is COLD.", py::arg("model"),
+          py::arg("now_ns"))
       .def(
           "reclaimed",
           [](Yard& yard, std::int64_t model, std::int64_t now, const py::dict& bytes) {
@@ -338,15 +396,28 @@ void register_yard(py::module_& module) {
           },
           "All that a model holds.", py::arg("model"))
       .def(
+          "copy_exclusive",
+          [](const Yard& yard, std::int64_t model) {
+            return yard.copy_exclusive(model_id(model)).value;
+          },
+          "Bytes that come back when the model's copy is dropped now.", py::arg("model"))
+      .def_property_readonly(
+          "tier",
+          [](const Yard& yard) -> std::optional<std::int64_t> {
+            if (yard.tier() == kNoDevice) return std::nullopt;
+            return static_cast<std::int64_t>(position(yard.tier()));
+          },
+          "Position of the host tier's account, behind the devices; None if there is no tier.")
+      .def(
           "account",
           [](const Yard& yard, std::int64_t device) {
-            return yard.account(device_index(yard, device));
+            return yard.account(account_index(yard, device));
           },
-          py::arg("device"))
+          "The account of a device or of the host tier.", py::arg("device"))
       .def(
           "saved",
           [](const Yard& yard, std::int64_t device) {
-            return yard.saved(device_index(yard, device)).value;
+            return yard.saved(account_index(yard, device)).value;
           },
           "Bytes that models would hold more there if each held its shares alone.",
           py::arg("device"))
@@ -409,6 +480,18 @@ void register_yard(py::module_& module) {
       .def_property_readonly("counters", [](const Yard& yard) { return yard.counters(); })
       .def_property_readonly("policy",
                              [](const Yard& yard) { return std::string(yard.policy_name()); })
+      .def_property_readonly(
+          "leader", [](const Yard& yard) { return std::string(yard.policy().leader()); },
+          "The rule by which the policy goes at the moment.")
+      .def_property_readonly(
+          "shadow_seconds",
+          [](const Yard& yard) -> py::object {
+            const std::optional<ShadowSeconds> seconds = yard.policy().shadow_seconds();
+            if (!seconds) return py::none();
+            return py::make_tuple(seconds->own, seconds->lru);
+          },
+          "Seconds of loading that the policy's own rule would have cost, and those of LRU; None "
+          "if it runs no shadow caches.")
       .def_property_readonly("model_count", &Yard::model_count)
       .def_property_readonly("share_count", &Yard::share_count)
       .def_property_readonly("device_count", &Yard::device_count)

@@ -33,6 +33,53 @@ std::optional<Holding> holding_of(State state) {
   }
 }
 
+std::optional<Holding> holding_of(CopyState state) {
+  switch (state) {
+    case CopyState::kMaking:
+      return Holding::kLoading;
+    case CopyState::kKept:
+      return Holding::kResident;
+    case CopyState::kDropping:
+      return Holding::kUnloading;
+    default:
+      return std::nullopt;
+  }
+}
+
+// Adds a copy to the sums of the tier and to the holders of its shares.
+Status add_copy(const Entry& entry, DeviceIndex tier, std::vector<Sums>& sums,
+                std::map<ShareId, Share>& shares, const std::string& who) {
+  const Copy& copy = entry.copy;
+  const std::optional<Holding> holding = holding_of(copy.state);
+  if (!holding) {
+    if (!copy.held.empty() || !copy.shares.empty()) {
+      return violated("I10: there is no copy, and it holds bytes: " + who);
+    }
+    return Done{};
+  }
+  if (tier == kNoDevice) return violated("I10: a copy without a tier: " + who);
+  const Bytes own = copy.held.on(tier);
+  if (copy.held != Charge(tier, own)) return violated("I10: a copy beside the tier: " + who);
+  Sums& sum = sums[position(tier)];
+  switch (*holding) {
+    case Holding::kLoading:
+      sum.reserved += own;
+      break;
+    case Holding::kResident:
+      sum.resident += own;
+      break;
+    default:
+      sum.draining += own;
+      sum.unloading += own;
+      break;
+  }
+  for (const ShareId id : copy.shares) {
+    ++shares[id].model_count;
+    ++shares[id].on(tier).by[static_cast<std::size_t>(*holding)];
+  }
+  return Done{};
+}
+
 bool holds_bytes(State state) {
   return state == State::kLoading || state == State::kResident || state == State::kDraining ||
          state == State::kUnloading;
@@ -41,7 +88,7 @@ bool holds_bytes(State state) {
 }  // namespace
 
 Status Yard::audit() const {
-  std::vector<Sums> sums(device_count());
+  std::vector<Sums> sums(ledger_.device_count());
   std::vector<std::uint32_t> leases(entries_.slot_count());
   std::vector<std::uint32_t> waiting(entries_.slot_count());
   std::map<ShareId, Share> shares;  // As they should be.
@@ -70,6 +117,7 @@ Status Yard::audit() const {
   }
   if (timed != deadlines_.size()) return violated("I6: a deadline of no ticket is watched");
 
+  std::size_t awaited = 0;
   std::size_t in_waiting = 0;
   for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
     const Entry* entry = entries_.at(i);
@@ -97,6 +145,13 @@ Status Yard::audit() const {
     if (entry->held_shares.empty() != (entry->held_shares_on == kNoDevice)) {
       return violated("I9: shares are held nowhere by " + who);
     }
+    if (Status copied = add_copy(*entry, tier_, sums, shares, who); !copied) return copied;
+    const bool leaves_with_copy =
+        entry->copy.state == CopyState::kAwaited || entry->copy.state == CopyState::kMaking;
+    if (leaves_with_copy && entry->state != State::kUnloading) {
+      return violated("I10: a copy is being made without an unload: " + who);
+    }
+    if (entry->copy.state == CopyState::kAwaited) ++awaited;
     for (const ShareId id : entry->shares) ++shares[id].model_count;
     for (const ShareId id : entry->held_shares) {
       ++shares[id].model_count;
@@ -171,6 +226,16 @@ Status Yard::audit() const {
         [&](DeviceIndex d, Bytes bytes) { sums[position(d)].quarantined += bytes; });
   }
   if (in_waiting != waiting_.size()) return violated("I8: the waiting list has a model too many");
+  for (const EntryIndex index : awaited_) {
+    const Entry* entry = entries_.at(index);
+    if (entry == nullptr || entry->copy.state != CopyState::kAwaited) {
+      return violated("I10: an unload is held back for no copy");
+    }
+  }
+  if (awaited != awaited_.size()) return violated("I10: an unload is held back for ever");
+  if (awaited > 0 && unloading_[position(tier_)] == Bytes{0}) {
+    return violated("I10: an unload is held back though nothing leaves the tier");
+  }
 
   for (std::uint32_t i = 0; i < shares_.slot_count(); ++i) {
     const Share* share = shares_.at(i);
@@ -199,7 +264,7 @@ Status Yard::audit() const {
     if (shares_.find(id) == nullptr) return violated("I9: a model is made of a share there is not");
   }
 
-  for (std::size_t i = 0; i < device_count(); ++i) {
+  for (std::size_t i = 0; i < ledger_.device_count(); ++i) {
     const Account& account = ledger_.account(static_cast<DeviceIndex>(i));
     const Sums& sum = sums[i];
     const std::string where = "device " + std::to_string(i);

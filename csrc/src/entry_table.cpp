@@ -24,6 +24,22 @@ std::string_view to_string(State state) {
   return "?";
 }
 
+std::string_view to_string(CopyState state) {
+  switch (state) {
+    case CopyState::kNone:
+      return "NONE";
+    case CopyState::kAwaited:
+      return "AWAITED";
+    case CopyState::kMaking:
+      return "MAKING";
+    case CopyState::kKept:
+      return "KEPT";
+    case CopyState::kDropping:
+      return "DROPPING";
+  }
+  return "?";
+}
+
 std::string_view to_string(RefuseReason reason) {
   switch (reason) {
     case RefuseReason::kNeverFits:

@@ -36,6 +36,10 @@ std::string_view to_string(Decision decision) {
       return "QUEUED";
     case Decision::kLost:
       return "LOST";
+    case Decision::kCopyKept:
+      return "COPY_KEPT";
+    case Decision::kCopyDropped:
+      return "COPY_DROPPED";
   }
   return "?";
 }
@@ -56,6 +60,8 @@ std::string_view to_string(Why why) {
       return "REMOVED";
     case Why::kLost:
       return "LOST";
+    case Why::kNotWorth:
+      return "NOT_WORTH";
   }
   return "?";
 }

@@ -10,6 +10,7 @@ struct Scored {
   double score;
   std::uint32_t resident;  // Position in the span given.
   bool leased;
+  bool kept;  // The policy would rather have it stay.
 };
 
 // Orders a heap so that its top is the one to go first. Ties go by entry: the same snapshot gives
@@ -19,6 +20,7 @@ struct GoesLater {
 
   bool operator()(const Scored& a, const Scored& b) const {
     if (a.leased != b.leased) return a.leased;
+    if (a.kept != b.kept) return a.kept;
     if (a.score != b.score) return a.score > b.score;
     return residents[a.resident].entry > residents[b.resident].entry;
   }
@@ -185,7 +187,8 @@ std::optional<Plan> plan_eviction(std::span<const Resident> residents, const Cha
     if (left.concern(resident)) weight += weights.of(left.part_of(resident), shortfall);
     if (weight <= 0) continue;
     const Candidate candidate{resident.entry, weight, resident.reload_seconds};
-    heap.push_back({policy.score(candidate, now), i, resident.leased});
+    heap.push_back(
+        {policy.score(candidate, now), i, resident.leased, policy.keeps(resident.entry)});
   }
   const GoesLater later{residents};
   std::make_heap(heap.begin(), heap.end(), later);

@@ -139,6 +139,7 @@ Yard::Pass Yard::make_pass() const {
 
 void Yard::schedule(Actions& out) {
   if (waiting_.empty() && !ledger_.any_deficit()) return;
+  tidy_tier(out);
   repay_deficits(out);
   Pass pass = make_pass();
   // schedule_model takes at most its own model out of the list.
@@ -302,6 +303,7 @@ void Yard::evict(const Plan& plan, const Cause& cause, Actions& out) {
     Entry& entry = entry_at(victim.entry);
     explain(victim.leased ? Decision::kDrained : Decision::kEvicted, entries_.id_at(victim.entry),
             cause, victim.score, going_with(entry));
+    policy_->on_evict(victim.entry, victim.score);
     ++entry.eviction_count;
     ++counters_.eviction_count;
     touching(entry.held, entry.held_shares_on).for_each([&](DeviceIndex d, Bytes) {

@@ -160,6 +160,18 @@ void Yard::take_shares(Entry& entry, DeviceIndex device) {
   }
 }
 
+// A copy that holds shares on the tier is somewhere else now: it came from nothing, or is gone.
+// `charged` as in change_holders.
+void Yard::move_holders(std::span<const ShareId> shares, std::optional<Holding> from,
+                        std::optional<Holding> to, bool charged) {
+  for (const ShareId id : shares) {
+    change_holders(id, tier_, charged, [&](Holders& holders) {
+      if (from) --holders.by[static_cast<std::size_t>(*from)];
+      if (to) ++holders.by[static_cast<std::size_t>(*to)];
+    });
+  }
+}
+
 // A model that holds shares is doing something else now.
 void Yard::turn_shares(const Entry& entry, Holding from, Holding to) {
   for (const ShareId id : entry.held_shares) {

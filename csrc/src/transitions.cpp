@@ -123,6 +123,7 @@ void Yard::start_load(EntryIndex index, std::uint32_t placement, Actions& out) {
   Entry& entry = entry_at(index);
   leave_waiting(index);
   entry.placement = placement;
+  entry.forgotten = false;
   entry.held = entry.placements[placement];
   entry.state = State::kLoading;
   take_shares(entry, shares_device(entry, placement));
@@ -171,9 +172,10 @@ void Yard::start_drain(EntryIndex index, Actions& out) {
 
 // A model leaves for a reason that no policy weighed.
 void Yard::send_away(EntryIndex index, const Cause& cause, Actions& out) {
-  const Entry& entry = entry_at(index);
+  Entry& entry = entry_at(index);
   explain(entry.lease_count > 0 ? Decision::kDrained : Decision::kEvicted, entries_.id_at(index),
           cause, 0, going_with(entry));
+  if (cause.why == Why::kAsked || cause.why == Why::kRemoved) forget(index, cause, out);
   start_drain(index, out);
 }
 
@@ -182,7 +184,14 @@ void Yard::start_unload(EntryIndex index, Actions& out) {
   entry.state = State::kUnloading;
   entry.held.for_each([&](DeviceIndex d, Bytes b) { unloading_[position(d)] += b; });
   turn_shares(entry, Holding::kDraining, Holding::kUnloading);
-  out.push_back(Unload{entries_.id_at(index)});
+  send_unload(index, out);
+}
+
+// A model leaves for good, and so does its copy.
+void Yard::forget(EntryIndex index, const Cause& cause, Actions& out) {
+  Entry& entry = entry_at(index);
+  entry.forgotten = true;
+  if (entry.copy.state == CopyState::kKept) drop_copy(index, cause, 0, out);
 }
 
 // The entry holds nothing any more: it waits again, rests, or is gone.
@@ -191,7 +200,7 @@ void Yard::come_to_rest(EntryIndex index) {
   leave_waiting(index);
   entry.state = entry.waiting_count > 0 ? State::kQueued : State::kCold;
   join_waiting(index);
-  if (entry.removed && entry.quarantined.empty()) {
+  if (entry.removed && entry.quarantined.empty() && entry.copy.state == CopyState::kNone) {
     unrefer(entry.shares);
     entries_.erase(entries_.id_at(index));
   }

@@ -12,10 +12,6 @@
 namespace modelyard {
 namespace {
 
-constexpr double kLoadSecondsAlpha = 0.3;  // Weight of the newest measured load.
-constexpr double kLeastReloadSeconds =
-    1e-6;  // A load is never free, or its model would have no score.
-
 Error stale(const char* what) { return {ErrorCode::kStaleId, std::string(what) + " is not known"}; }
 
 Error wrong_state(const Entry& entry, const char* event) {
@@ -32,6 +28,13 @@ Duration from_seconds(double value) {
       std::chrono::duration<double>(std::clamp(value, 0.0, kMost)));
 }
 
+// The budgets of all accounts: the tier's is the last.
+std::vector<Bytes> with_tier(const YardOptions& options) {
+  std::vector<Bytes> budgets = options.budgets;
+  if (options.tier_budget > Bytes{0}) budgets.push_back(options.tier_budget);
+  return budgets;
+}
+
 }  // namespace
 
 // --- Construction
@@ -40,8 +43,15 @@ Result<Yard> Yard::create(YardOptions options) {
   const auto invalid = [](std::string text) {
     return Error{ErrorCode::kInvalidArgument, std::move(text)};
   };
-  if (options.budgets.empty() || options.budgets.size() > kMaxDevices) {
-    return invalid("a yard has 1 to " + std::to_string(kMaxDevices) + " devices");
+  const std::size_t most = kMaxDevices - (options.tier_budget > Bytes{0} ? 1 : 0);
+  if (options.budgets.empty() || options.budgets.size() > most) {
+    return invalid("a yard has 1 to " + std::to_string(most) + " devices");
+  }
+  if (!is_valid(options.tier_budget) || !is_valid(options.copy_padding)) {
+    return invalid("a budget or a padding is negative or above 64 TiB");
+  }
+  if (options.tier_budget > Bytes{0} && options.above_tier.size() != options.budgets.size()) {
+    return invalid("which devices are above the host tier is said for each of them");
   }
   if (!std::all_of(options.budgets.begin(), options.budgets.end(), is_valid)) {
     return invalid("a budget is negative or above 64 TiB");
@@ -66,14 +76,52 @@ Result<Yard> Yard::create(YardOptions options) {
 Yard::Yard(YardOptions options, std::unique_ptr<Policy> policy)
     : options_(std::move(options)),
       policy_(std::move(policy)),
-      ledger_(options_.budgets),
+      budgets_(with_tier(options_)),
+      tier_(options_.tier_budget > Bytes{0} ? static_cast<DeviceIndex>(options_.budgets.size())
+                                            : kNoDevice),
+      ledger_(budgets_),
       explain_(options_.explain_capacity),
-      device_counters_(options_.budgets.size()),
-      budgets_(options_.budgets),
-      pinned_(options_.budgets.size()),
-      unloading_(options_.budgets.size()),
-      loading_(options_.budgets.size()),
-      closed_(options_.budgets.size()) {}
+      device_counters_(budgets_.size()),
+      pinned_(budgets_.size()),
+      unloading_(budgets_.size()),
+      loading_(budgets_.size()),
+      closed_(budgets_.size()) {
+  tell_budgets();
+}
+
+void Yard::tell_budgets() { policy_->on_budgets(std::span(budgets_).first(device_count())); }
+
+// A model was asked for. What it would hold is what it holds, or what its first placement takes.
+void Yard::tell_policy(EntryIndex index) {
+  const Entry& entry = entry_at(index);
+  const bool here = !entry.held.empty() || !entry.held_shares.empty();
+  const Charge* held = here ? &entry.held : &entry.placements.front();
+  const DeviceIndex shared_on = here ? entry.held_shares_on : shares_device(entry, 0);
+  Charge with_parts;
+  if (shared_on != kNoDevice) {
+    Bytes sum = held->on(shared_on);
+    for (const ShareId id : here ? entry.held_shares : entry.shares) {
+      const Share& share = *shares_.find(id);
+      const std::uint32_t holders = std::max(share.on(shared_on).total() + (here ? 0U : 1U), 1U);
+      sum = saturating_add(sum, Bytes{(share.bytes.value + holders - 1) / holders});
+    }
+    with_parts = *held;
+    with_parts.set(shared_on, sum);
+    held = &with_parts;
+  }
+  double weight = 0;
+  held->for_each([&](DeviceIndex d, Bytes b) {
+    weight += static_cast<double>(b.value) /
+              static_cast<double>(std::max<std::int64_t>(budgets_[position(d)].value, 1));
+  });
+  constexpr double kLeastWeight = 1e-12;  // Of a model that holds nothing.
+  policy_->on_request(Wish{.entry = index,
+                           .held = held,
+                           .weight = std::max(weight, kLeastWeight),
+                           .reload_seconds = entry.reload_seconds},
+                      ++request_clock_);
+  ++counters_.request_count;
+}
 
 // --- Models and devices
 
@@ -91,13 +139,14 @@ Result<ModelId> Yard::add_model(ModelSpec spec) {
   entry.placements = std::move(spec.placements);
   entry.shares = std::move(spec.shares);
   entry.shares_on = std::move(spec.shares_on);
-  entry.reload_seconds = std::max(spec.reload_seconds, kLeastReloadSeconds);
+  entry.times = ReloadTimes(std::max(spec.reload_seconds, kLeastSeconds));
   const Entry* before = nullptr;
   if (spec.replaces) {
     before = live(*spec.replaces);
     if (before == nullptr) return stale("the model to be replaced");
-    if (before->load_count > 0) entry.reload_seconds = before->reload_seconds;
+    if (before->load_count > 0) entry.times = before->times;
   }
+  reprice(entry);
   refer(entry.shares);
   const ModelId id = entries_.insert(std::move(entry));
   policy_->on_add(EntryTable::index_of(id));
@@ -121,6 +170,7 @@ Status Yard::update_placements(ModelId model, std::vector<Charge> placements,
   unrefer(shares);
   entry->shares_on = std::move(shares_on);
   entry->placement = kMaxPlacements;  // What it holds belongs to none of these.
+  entry->copy_bytes = Bytes{};        // It may be another model now.
   schedule(out);
   finish(out);
   return Done{};
@@ -142,6 +192,7 @@ Status Yard::remove_model(ModelId model, Tick now, Actions& out) {
     }
   }
   entry->removed = true;
+  forget(index, Cause{.why = Why::kRemoved}, out);
   switch (entry->state) {
     case State::kLoading:
       entry->leave_after = true;
@@ -211,6 +262,8 @@ Status Yard::unload(ModelId model, Tick now, Actions& out) {
     entry->leave_after = true;
     // Whoever waits is served first: a load that is stopped for them would only begin again.
     if (entry->waiting_count == 0) stop_load(EntryTable::index_of(model), out);
+  } else if (entry->state != State::kLoading && entry->state != State::kQueued) {
+    forget(EntryTable::index_of(model), Cause{.why = Why::kAsked}, out);
   }
   schedule(out);
   finish(out);
@@ -224,6 +277,7 @@ Status Yard::set_budget(DeviceIndex device, Bytes budget, Tick now, Actions& out
   begin(now, out);
   ledger_.set_budget(device, budget);
   budgets_[position(device)] = budget;
+  tell_budgets();
   explain(Decision::kBudgetChanged, ModelId{}, Cause{.device = device}, 0, budget);
   schedule(out);
   finish(out);
@@ -271,7 +325,7 @@ Result<ShareId> Yard::split_share(ShareId id, Bytes part) {
   for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
     Entry* entry = entries_.at(i);
     if (entry == nullptr) continue;
-    for (std::vector<ShareId>* list : {&entry->shares, &entry->held_shares}) {
+    for (std::vector<ShareId>* list : {&entry->shares, &entry->held_shares, &entry->copy.shares}) {
       if (std::find(list->begin(), list->end(), id) != list->end()) list->push_back(added);
     }
   }
@@ -296,8 +350,7 @@ Result<std::optional<LeaseId>> Yard::try_acquire(ModelId model, Tick now) {
   now_ = std::max(now_, now);
   if (entry->state != State::kResident) return std::optional<LeaseId>{};
   const EntryIndex index = EntryTable::index_of(model);
-  policy_->on_request(index, ++request_clock_);
-  ++counters_.request_count;
+  tell_policy(index);
   ++counters_.hit_count;
   return std::optional<LeaseId>{add_lease(index)};
 }
@@ -307,8 +360,7 @@ Result<TicketId> Yard::request(ModelId model, Tick now, Tick deadline, Actions& 
   if (entry == nullptr) return stale("the model");
   begin(now, out);
   const EntryIndex index = EntryTable::index_of(model);
-  policy_->on_request(index, ++request_clock_);
-  ++counters_.request_count;
+  tell_policy(index);
 
   const bool full = tickets_.size() >= options_.max_waiting ||
                     entry->waiting_count >= options_.max_waiting_per_model;
@@ -381,7 +433,8 @@ Status Yard::release(LeaseId lease, Tick now, Actions& out) {
 
 // --- What became of the actions
 
-Status Yard::load_done(ModelId model, Tick now, const Charge& actual, Duration took, Actions& out) {
+Status Yard::load_done(ModelId model, Tick now, const Charge& actual, Duration took, Source source,
+                       Actions& out) {
   Entry* entry = entries_.find(model);
   if (entry == nullptr) return stale("the model");
   if (entry->state != State::kLoading) return wrong_state(*entry, "load_done");
@@ -399,12 +452,17 @@ Status Yard::load_done(ModelId model, Tick now, const Charge& actual, Duration t
   entry->state = State::kResident;
   entry->failure_count = 0;
 
-  const double measured = std::max(seconds(took), kLeastReloadSeconds);
-  entry->reload_seconds = entry->load_count == 0 ? measured
-                                                 : (1 - kLoadSecondsAlpha) * entry->reload_seconds +
-                                                       kLoadSecondsAlpha * measured;
+  const double measured = std::max(seconds(took), kLeastSeconds);
+  entry->times.measured(source, measured);
+  prices_.loaded(source, measured, weight_of(*entry), entry->load_count > 0);
+  reprice(*entry);
   ++entry->load_count;
   ++counters_.load_count;
+  if (source == Source::kCopy) ++counters_.promotion_count;
+  if (source == Source::kCopy && entry->copy.state == CopyState::kKept &&
+      worth_of_copy(*entry) <= 0) {
+    drop_copy(index, Cause{.why = Why::kNotWorth}, 0, out);
+  }
   counters_.load_seconds += measured;
   touching(actual, entry->held_shares_on).for_each([&](DeviceIndex d, Bytes) {
     ++device_counters_[position(d)].load_count;
@@ -433,6 +491,7 @@ Status Yard::load_failed(ModelId model, Tick now, LoadFailure failure, Actions& 
   ledger_.cancel_reservation(entry->held);
   drop_shares(*entry, Holding::kLoading, false);
   entry->held = Charge{};
+  if (entry->leave_after) forget(index, Cause{.why = Why::kAsked}, out);
   entry->leave_after = false;
   if (failure == LoadFailure::kCancelled) {
     come_to_rest(index);
@@ -458,16 +517,22 @@ Status Yard::load_failed(ModelId model, Tick now, LoadFailure failure, Actions& 
   return Done{};
 }
 
-Status Yard::unload_done(ModelId model, Tick now, const Charge& freed, Actions& out) {
+Status Yard::unload_done(ModelId model, Tick now, const Charge& freed,
+                         const std::optional<Kept>& kept, Actions& out) {
   Entry* entry = entries_.find(model);
   if (entry == nullptr) return stale("the model");
-  if (entry->state != State::kUnloading) return wrong_state(*entry, "unload_done");
+  if (entry->state != State::kUnloading || entry->copy.state == CopyState::kAwaited) {
+    return wrong_state(*entry, "unload_done");
+  }
+  if (Status checked = check_kept(*entry, kept); !checked) return checked;
   const Charge exclusive = exclusive_of(*entry);
   if (!freed.fits_within(exclusive)) {
     return Error{ErrorCode::kInvalidArgument, "more bytes came back than were held"};
   }
   begin(now, out);
   const EntryIndex index = EntryTable::index_of(model);
+  const bool copied = entry->copy.state == CopyState::kMaking;
+  if (copied) end_copy(index, kept);
   ledger_.finish_drain(exclusive, freed);
   entry->held.for_each([&](DeviceIndex d, Bytes b) { unloading_[position(d)] -= b; });
   explain(Decision::kUnloaded, model, Cause{}, 0, freed.total());
@@ -478,9 +543,21 @@ Status Yard::unload_done(ModelId model, Tick now, const Charge& freed, Actions& 
   if (!missing.empty()) {
     explain(Decision::kQuarantined, model, Cause{}, 0, missing.total());
   }
+  if (copied && entry->forgotten) {
+    forget(index, Cause{.why = entry->removed ? Why::kRemoved : Why::kAsked}, out);
+  }
   come_to_rest(index);
   schedule(out);
   finish(out);
+  return Done{};
+}
+
+Status Yard::forgive(ModelId model, Tick now) {
+  Entry* entry = live(model);
+  if (entry == nullptr) return stale("the model");
+  now_ = std::max(now_, now);
+  entry->failure_count = 0;
+  if (entry->state == State::kFailed) entry->state = State::kCold;
   return Done{};
 }
 
@@ -520,13 +597,14 @@ Status Yard::remeasured(ModelId model, Tick now, const Charge& actual, Actions& 
 }
 
 Status Yard::lost(ModelId model, Tick now, Actions& out) {
-  const Entry* entry = entries_.find(model);
+  Entry* entry = entries_.find(model);
   if (entry == nullptr) return stale("the model");
   if (entry->state != State::kResident && entry->state != State::kDraining) {
     return wrong_state(*entry, "lost");
   }
   begin(now, out);
   explain(Decision::kLost, model, Cause{.why = Why::kLost}, 0, going_with(*entry));
+  entry->forgotten = true;
   if (entry->state == State::kResident) start_drain(EntryTable::index_of(model), out);
   schedule(out);
   finish(out);
@@ -553,6 +631,7 @@ void Yard::finish(Actions& out) {
     expired_ = false;
     schedule(out);
   }
+  if (!awaited_.empty()) resume_awaited(out);
   wake(out);
 #if MODELYARD_CHECK_INVARIANTS
   if (Status audited = audit(); !audited) {
@@ -604,6 +683,21 @@ Status Yard::check_shares(std::span<const ShareId> shares, std::span<const Devic
     }
   }
   return Done{};
+}
+
+// A copy that has been made holds what was reserved for it, more or less.
+Status Yard::check_kept(const Entry& entry, const std::optional<Kept>& kept) const {
+  if (!kept) return Done{};
+  if (entry.copy.state != CopyState::kMaking) {
+    return Error{ErrorCode::kWrongState, "no copy of the model was asked for"};
+  }
+  // Room for more has not been promised; and what fits was to be made.
+  const bool more = kept->bytes > entry.copy.held.on(tier_);
+  if (is_valid(kept->bytes) && kept->made != more &&
+      with_bytes_of(entry.copy.shares, kept->bytes)) {
+    return Done{};
+  }
+  return Error{ErrorCode::kInvalidArgument, "the bytes of a copy are out of range"};
 }
 
 Status Yard::check_measured(const Entry& entry, const Charge& actual) const {

@@ -22,6 +22,15 @@ class Books {
  public:
   enum class Phase : std::uint8_t { kAway, kLoading, kResident, kDraining, kUnloading };
 
+  /// Of a model's copy on the host tier.
+  enum class CopyPhase : std::uint8_t { kNone, kAwaited, kMaking, kKept, kDropping };
+
+  struct CopyOf {
+    CopyPhase phase{CopyPhase::kNone};
+    std::int64_t own{0};          ///< Bytes that it holds alone.
+    std::vector<ShareId> shares;  ///< Held on the tier, with other copies.
+  };
+
   struct Model {
     std::vector<Charge> placements;
     std::optional<std::uint32_t>
@@ -41,6 +50,11 @@ class Books {
     std::uint32_t failures{0};
     Tick retry_at{};
     Duration backoff{};
+    CopyOf copy;
+    std::int64_t copy_bytes{0};  ///< What its last copy held alone, or would have; zero if unknown.
+    bool goes_after{false};      ///< Asked to leave by hand while it loads.
+    bool asked{false};           ///< Asked to leave by hand, or removed, since it was loaded.
+    bool lost{false};            ///< Its memory has gone since it was loaded.
   };
 
   struct SharedBytes {
@@ -116,7 +130,7 @@ class Books {
   [[nodiscard]] std::size_t models_made_of(ShareId share) const {
     std::size_t found = 0;
     for (const auto& [id, model] : models_) {
-      for (const auto* list : {&model.shares, &model.held_shares}) {
+      for (const auto* list : {&model.shares, &model.held_shares, &model.copy.shares}) {
         found += static_cast<std::size_t>(std::count(list->begin(), list->end(), share));
       }
     }

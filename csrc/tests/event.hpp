@@ -58,6 +58,10 @@ enum class EventKind : std::uint8_t {
   kAddShare,
   kSplitShare,
   kForgetShare,
+  kSetTierBudget,
+  kForgive,
+  kCopyDropped,
+  kCopyLost,
   kTick,
 };
 
@@ -107,6 +111,14 @@ inline std::string_view to_string(EventKind kind) {
       return "split_share";
     case EventKind::kForgetShare:
       return "forget_share";
+    case EventKind::kSetTierBudget:
+      return "set_tier_budget";
+    case EventKind::kForgive:
+      return "forgive";
+    case EventKind::kCopyDropped:
+      return "copy_dropped";
+    case EventKind::kCopyLost:
+      return "copy_lost";
     case EventKind::kTick:
       return "tick";
   }
@@ -122,11 +134,14 @@ struct Event {
   LeaseId lease{};
   ShareId share{};
   DeviceIndex device{};
-  Bytes budget{};  ///< Of set_budget; of add_share and split_share the share's bytes.
+  Bytes budget{};  ///< Of set_budget and set_tier_budget; of add_share and split_share the share's
+                   ///< bytes; of copy_dropped what is back.
   bool closed{false};
   Tick deadline{kNever};
   Charge charge{};  ///< Actual, freed, reclaimed or measured bytes.
   Duration took{seconds{1}};
+  Source source{Source::kStorage};
+  std::optional<Kept> kept;  ///< Of unload_done.
   LoadFailure failure{LoadFailure::kTransient};
   ModelSpec spec{};  ///< Of add_model; of update_placements the placements and shares only.
 };
@@ -198,13 +213,13 @@ inline Outcome apply(Yard& yard, const Event& event) {
       note(yard.release(event.lease, event.now, out));
       break;
     case EventKind::kLoadDone:
-      note(yard.load_done(event.model, event.now, event.charge, event.took, out));
+      note(yard.load_done(event.model, event.now, event.charge, event.took, event.source, out));
       break;
     case EventKind::kLoadFailed:
       note(yard.load_failed(event.model, event.now, event.failure, out));
       break;
     case EventKind::kUnloadDone:
-      note(yard.unload_done(event.model, event.now, event.charge, out));
+      note(yard.unload_done(event.model, event.now, event.charge, event.kept, out));
       break;
     case EventKind::kReclaimed:
       note(yard.reclaimed(event.model, event.now, event.charge, out));
@@ -227,6 +242,18 @@ inline Outcome apply(Yard& yard, const Event& event) {
     }
     case EventKind::kForgetShare:
       note(yard.forget_share(event.share));
+      break;
+    case EventKind::kSetTierBudget:
+      note(yard.set_tier_budget(event.budget, event.now, out));
+      break;
+    case EventKind::kForgive:
+      note(yard.forgive(event.model, event.now));
+      break;
+    case EventKind::kCopyDropped:
+      note(yard.copy_dropped(event.model, event.now, event.budget, out));
+      break;
+    case EventKind::kCopyLost:
+      note(yard.copy_lost(event.model, event.now, out));
       break;
     case EventKind::kTick:
       yard.tick(event.now, out);
@@ -311,11 +338,24 @@ inline std::string describe(const Event& event) {
       text << ' ' << describe(event.model) << " failure " << static_cast<int>(event.failure);
       break;
     case EventKind::kLoadDone:
+      text << ' ' << describe(event.model) << ' ' << describe(event.charge) << " from "
+           << to_string(event.source) << " in " << event.took.count() << "ns";
+      break;
     case EventKind::kUnloadDone:
+      text << ' ' << describe(event.model) << ' ' << describe(event.charge);
+      if (event.kept) {
+        text << (event.kept->made ? " kept " : " would have kept ") << event.kept->bytes.value
+             << " in " << event.kept->took.count() << "ns";
+      }
+      break;
     case EventKind::kReclaimed:
     case EventKind::kRemeasured:
       text << ' ' << describe(event.model) << ' ' << describe(event.charge);
       break;
+    case EventKind::kCopyDropped:
+      text << ' ' << describe(event.model) << ' ' << event.budget.value;
+      break;
+    case EventKind::kSetTierBudget:
     case EventKind::kAddShare:
       text << ' ' << event.budget.value;
       break;
@@ -345,7 +385,10 @@ inline std::string describe(const Action& action) {
   } else if (const auto* drain = std::get_if<Drain>(&action)) {
     text << "drain " << describe(drain->model);
   } else if (const auto* unload = std::get_if<Unload>(&action)) {
-    text << "unload " << describe(unload->model);
+    text << "unload " << describe(unload->model) << (unload->keep ? " and keep a copy" : "");
+    if (unload->keep) text << " of at most " << unload->most.value;
+  } else if (const auto* dropped = std::get_if<DropCopy>(&action)) {
+    text << "drop the copy of " << describe(dropped->model);
   } else if (const auto* refuse = std::get_if<Refuse>(&action)) {
     text << "refuse ticket " << static_cast<std::uint64_t>(refuse->ticket) << ' '
          << to_string(refuse->reason);

@@ -24,6 +24,7 @@ using Lines = std::vector<std::string>;
 
 inline YardOptions options(std::initializer_list<std::int64_t> budgets) {
   YardOptions made;
+  made.policy = "gap";  // What most tests expect; it has no past but what they give it.
   for (const std::int64_t budget : budgets) made.budgets.push_back(Bytes{budget});
   return made;
 }
@@ -168,6 +169,15 @@ class Harness {
     return step(event).error;
   }
 
+  std::optional<ErrorCode> set_tier_budget(std::int64_t bytes) {
+    Event event = make(EventKind::kSetTierBudget);
+    event.budget = Bytes{bytes};
+    return step(event).error;
+  }
+  std::optional<ErrorCode> forgive(ModelId model) {
+    return step(make(EventKind::kForgive, model)).error;
+  }
+
   // --- Requests ---------------------------------------------------------------------------------
 
   Outcome try_request(ModelId model, Tick deadline = kNever) {
@@ -198,10 +208,11 @@ class Harness {
   /// Ends a load that runs with just what was reserved.
   std::optional<ErrorCode> load_done(ModelId model) { return load_done(model, held(model)); }
   std::optional<ErrorCode> load_done(ModelId model, const Charge& actual,
-                                     Duration took = seconds{1}) {
+                                     Duration took = seconds{1}, Source source = Source::kStorage) {
     Event event = make(EventKind::kLoadDone, model);
     event.charge = actual;
     event.took = took;
+    event.source = source;
     return step(event).error;
   }
   std::optional<ErrorCode> load_failed(ModelId model, LoadFailure failure) {
@@ -209,9 +220,34 @@ class Harness {
     event.failure = failure;
     return step(event).error;
   }
-  /// Ends an unload that runs; everything is back.
+  /// Ends an unload that runs; everything is back, and a copy is kept if one was asked for, of just
+  /// what was reserved for it.
   std::optional<ErrorCode> unload_done(ModelId model) {
-    return unload_done(model, yard().exclusive(model));
+    if (copy_state(model) != CopyState::kMaking) {
+      return unload_done(model, yard().exclusive(model));
+    }
+    return kept(model, entry(model).copy.held.total().value);
+  }
+  /// Ends an unload that has made a copy with so many bytes of its own, or has not because they are
+  /// more than it was allowed; everything is back.
+  std::optional<ErrorCode> kept(ModelId model, std::int64_t bytes, Duration took = seconds{0}) {
+    Event event = make(EventKind::kUnloadDone, model);
+    event.charge = yard().exclusive(model);
+    const bool made = Bytes{bytes} <= entry(model).copy.held.total();
+    event.kept = Kept{.bytes = Bytes{bytes}, .took = took, .made = made};
+    return step(event).error;
+  }
+  /// Ends the drop of a copy; everything is back.
+  std::optional<ErrorCode> copy_dropped(ModelId model) {
+    return copy_dropped(model, yard().copy_exclusive(model).value);
+  }
+  std::optional<ErrorCode> copy_dropped(ModelId model, std::int64_t freed) {
+    Event event = make(EventKind::kCopyDropped, model);
+    event.budget = Bytes{freed};
+    return step(event).error;
+  }
+  std::optional<ErrorCode> copy_lost(ModelId model) {
+    return step(make(EventKind::kCopyLost, model)).error;
   }
   std::optional<ErrorCode> unload_done(ModelId model, const Charge& freed) {
     Event event = make(EventKind::kUnloadDone, model);
@@ -229,10 +265,13 @@ class Harness {
     return step(event).error;
   }
   std::optional<ErrorCode> lost(ModelId model) { return step(make(EventKind::kLost, model)).error; }
-  /// Ends all unloads, then all loads, until neither runs.
+  /// Ends all drops of copies and all unloads, then all loads, until none of them runs.
   void finish_io() {
     for (bool any = true; any;) {
       any = false;
+      for (const auto& [id, label] : std::map(labels_)) {
+        if (copy_state(id) == CopyState::kDropping) any = !copy_dropped(id).has_value() || any;
+      }
       for (const auto& [id, label] : std::map(labels_)) {
         if (state(id) == State::kUnloading) any = !unload_done(id).has_value() || any;
       }
@@ -290,6 +329,11 @@ class Harness {
   [[nodiscard]] State state(ModelId model) const {
     return exists(model) ? entry(model).state : State::kCold;
   }
+  /// NONE also for a model that is gone.
+  [[nodiscard]] CopyState copy_state(ModelId model) const {
+    return exists(model) ? entry(model).copy.state : CopyState::kNone;
+  }
+  [[nodiscard]] const Account& tier() const { return session_.yard().account(yard().tier()); }
   [[nodiscard]] Charge held(ModelId model) const {
     return exists(model) ? entry(model).held : Charge{};
   }
@@ -346,7 +390,9 @@ class Harness {
     } else if (const auto* drain = std::get_if<Drain>(&action)) {
       line = "drain " + label(drain->model);
     } else if (const auto* out = std::get_if<Unload>(&action)) {
-      line = "unload " + label(out->model);
+      line = "unload " + label(out->model) + (out->keep ? " keep" : "");
+    } else if (const auto* dropped = std::get_if<DropCopy>(&action)) {
+      line = "drop_copy " + label(dropped->model);
     } else {
       return;
     }

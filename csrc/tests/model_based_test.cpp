@@ -23,6 +23,7 @@ namespace {
 struct Seen {
   std::map<std::string, std::size_t> actions;
   std::map<std::string, std::size_t> sharing;
+  std::map<std::string, std::size_t> tier;
   std::size_t steps{0};
 };
 
@@ -33,7 +34,10 @@ void count(const Outcome& outcome, Seen& seen) {
     if (std::holds_alternative<Load>(action)) name = "load";
     if (std::holds_alternative<CancelLoad>(action)) name = "cancel_load";
     if (std::holds_alternative<Drain>(action)) name = "drain";
-    if (std::holds_alternative<Unload>(action)) name = "unload";
+    if (const auto* unload = std::get_if<Unload>(&action)) {
+      name = unload->keep ? "unload and keep" : "unload";
+    }
+    if (std::holds_alternative<DropCopy>(action)) name = "drop a copy";
     if (const auto* refuse = std::get_if<Refuse>(&action)) {
       name = "refuse " + std::string(to_string(refuse->reason));
     }
@@ -69,6 +73,30 @@ void count_sharing(const Event& event, const Outcome& outcome, const Yard& yard,
   }
 }
 
+// What an event did to the host tier.
+void count_tier(const Event& event, const Outcome& outcome, const Yard& yard, Seen& seen) {
+  if (outcome.error || yard.tier() == kNoDevice) return;
+  if (event.kind == EventKind::kCopyLost) ++seen.tier["lost"];
+  if (event.kind == EventKind::kLoadDone && event.source == Source::kCopy) ++seen.tier["promotion"];
+  if (event.kind == EventKind::kUnloadDone && event.kept) {
+    ++seen.tier[event.kept->made ? "kept" : "too large"];
+  }
+  if (event.kind == EventKind::kCopyDropped && event.budget > Bytes{0}) ++seen.tier["dropped"];
+  if (yard.account(yard.tier()).deficit > Bytes{0}) ++seen.tier["in deficit"];
+  if (yard.account(yard.tier()).quarantined > Bytes{0}) ++seen.tier["with quarantine"];
+  for (const Action& action : outcome.actions) {
+    if (const auto* unload = std::get_if<Unload>(&action)) {
+      const bool waited =
+          event.kind == EventKind::kCopyDropped || event.kind == EventKind::kSetTierBudget;
+      if (unload->keep && waited) ++seen.tier["sent after a wait"];
+      if (!unload->keep && waited) ++seen.tier["given up"];
+      if (unload->keep && !yard.entry(unload->model)->copy.shares.empty()) {
+        ++seen.tier["with shares"];
+      }
+    }
+  }
+}
+
 // One random life of a yard: bursts of events, after each of which faults stop and everybody
 // releases.
 std::optional<std::string> live(std::uint32_t seed, int bursts, int steps, Seen& seen) {
@@ -82,6 +110,7 @@ std::optional<std::string> live(std::uint32_t seed, int bursts, int steps, Seen&
       const Outcome outcome = session.step(event);
       count(outcome, seen);
       count_sharing(event, outcome, session.yard(), seen);
+      count_tier(event, outcome, session.yard(), seen);
       ++seen.steps;
     }
     session.settle();
@@ -91,22 +120,34 @@ std::optional<std::string> live(std::uint32_t seed, int bursts, int steps, Seen&
   return session.violation();
 }
 
+// A sanitizer makes a step ten times as long.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr std::uint32_t kLives = 100;
+#else
+constexpr std::uint32_t kLives = 300;
+#endif
+
 TEST(ModelBased, RandomLivesKeepEveryPromise) {
   Seen seen;
-  for (std::uint32_t seed = 1; seed <= 300; ++seed) {
+  for (std::uint32_t seed = 1; seed <= kLives; ++seed) {
     const std::optional<std::string> violation = live(seed, 4, 500, seen);
     ASSERT_FALSE(violation) << "seed " << seed << ": " << *violation;
   }
-  EXPECT_GE(seen.steps, 600000U);
+  EXPECT_GE(seen.steps, kLives * 2000U);
   for (const char* action :
        {"grant", "load", "cancel_load", "drain", "unload", "wake", "refuse NEVER_FITS",
         "refuse BUDGET_EXHAUSTED", "refuse QUEUE_FULL", "refuse LOAD_FAILED",
-        "refuse DEADLINE_IN_QUEUE", "refuse DEADLINE_IN_LOAD", "refuse REMOVED"}) {
-    EXPECT_GT(seen.actions[action], 50U) << "the events are too tame: " << action;
+        "refuse DEADLINE_IN_QUEUE", "refuse DEADLINE_IN_LOAD", "refuse REMOVED", "unload and keep",
+        "drop a copy"}) {
+    EXPECT_GT(seen.actions[action], kLives / 6) << "the events are too tame: " << action;
   }
   for (const char* what : {"lost", "forgotten", "split while held", "load of what is there",
                            "held in three phases", "taken over"}) {
-    EXPECT_GT(seen.sharing[what], 50U) << "the events are too tame: " << what;
+    EXPECT_GT(seen.sharing[what], kLives / 6) << "the events are too tame: " << what;
+  }
+  for (const char* what : {"lost", "promotion", "kept", "too large", "dropped", "in deficit",
+                           "with quarantine", "sent after a wait", "with shares"}) {
+    EXPECT_GT(seen.tier[what], kLives / 30) << "the events are too tame: " << what;
   }
 }
 
@@ -296,6 +337,69 @@ TEST(Referee, CatchesALostModelThatStays) {
                   if (referee.models().at(event.model).phase != Referee::Phase::kResident)
                     return false;
                   return drop<Drain>(seen.actions) || drop<Unload>(seen.actions);
+                });
+}
+
+TEST(Referee, CatchesACopyThatIsNotToBeMadeOrDropped) {
+  expect_caught("a copy that nobody was told of", [](Event&, Outcome& seen, const Referee&) {
+    for (Action& action : seen.actions) {
+      auto* unload = std::get_if<Unload>(&action);
+      if (unload == nullptr || !unload->keep) continue;
+      *unload = Unload{unload->model};
+      return true;
+    }
+    return false;
+  });
+  expect_caught("a copy of a byte more than was reserved",
+                [](Event&, Outcome& seen, const Referee&) {
+                  for (Action& action : seen.actions) {
+                    auto* unload = std::get_if<Unload>(&action);
+                    if (unload == nullptr || !unload->keep) continue;
+                    unload->most += Bytes{1};
+                    return true;
+                  }
+                  return false;
+                });
+  expect_caught("a lost drop of a copy",
+                [](Event&, Outcome& seen, const Referee&) { return drop<DropCopy>(seen.actions); });
+  expect_caught("a copy that is dropped for nobody",
+                [](Event& event, Outcome& seen, const Referee& referee) {
+                  if (event.kind != EventKind::kTick || seen.error) return false;
+                  for (const auto& [id, model] : referee.models()) {
+                    if (model.copy.phase != Referee::CopyPhase::kKept) continue;
+                    seen.actions.push_back(DropCopy{id});
+                    return true;
+                  }
+                  return false;
+                });
+}
+
+TEST(Referee, CatchesAFactOfACopyThatTheYardDidNotHear) {
+  expect_caught("a copy of a byte less than the yard was told",
+                [](Event& event, Outcome& seen, const Referee&) {
+                  if (event.kind != EventKind::kUnloadDone || seen.error || !event.kept)
+                    return false;
+                  if (!event.kept->made || event.kept->bytes == Bytes{0}) return false;
+                  event.kept->bytes -= Bytes{1};
+                  return true;
+                });
+  expect_caught("a dropped copy that freed less than the yard was told",
+                [](Event& event, Outcome& seen, const Referee&) {
+                  if (event.kind != EventKind::kCopyDropped || seen.error) return false;
+                  if (event.budget == Bytes{0}) return false;
+                  event.budget -= Bytes{1};
+                  return true;
+                });
+  expect_caught("another budget of the tier", [](Event& event, Outcome& seen, const Referee&) {
+    if (event.kind != EventKind::kSetTierBudget || seen.error) return false;
+    event.budget += Bytes{1};
+    return true;
+  });
+  expect_caught("a load that took longer than the yard was told",
+                [](Event& event, Outcome& seen, const Referee&) {
+                  if (event.kind != EventKind::kLoadDone || seen.error) return false;
+                  event.took += seconds{1};
+                  return true;
                 });
 }
 

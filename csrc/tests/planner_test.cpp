@@ -28,7 +28,7 @@ class FixedPolicy final : public Policy {
   }
   void on_add(EntryIndex) override {}
   void on_replace(EntryIndex, EntryIndex) override {}
-  void on_request(EntryIndex, RequestClock) override {}
+  void on_request(const Wish&, RequestClock) override {}
   [[nodiscard]] double score(const Candidate& candidate, RequestClock) const override {
     weights[candidate.entry] = candidate.weight;
     reload_seconds[candidate.entry] = candidate.reload_seconds;
@@ -179,8 +179,9 @@ TEST(Planner, ABudgetOfZeroDoesNotConfuseIt) {
       Resident{.entry = 0, .held = &held, .reload_seconds = 1, .leased = false}};
   for (const std::string_view name : policy_names()) {
     const std::unique_ptr<Policy> policy = make_policy(name);
+    policy->on_budgets(budgets);
     policy->on_add(0);
-    policy->on_request(0, 1);
+    policy->on_request(Wish{.entry = 0, .held = &held, .weight = 10, .reload_seconds = 1}, 1);
     const auto plan = plan_eviction(residents, charge({{0, 10}}), budgets, *policy, 1);
     ASSERT_TRUE(plan) << name;
     EXPECT_EQ(plan->victims.size(), 1U);

@@ -55,13 +55,19 @@ YardOptions draw_options(Source& source) {
   for (std::uint32_t i = 0; i < devices; ++i) {
     drawn.budgets.push_back(Bytes{60 + static_cast<std::int64_t>(source.below(80))});
   }
-  drawn.policy = source.below(2) == 0 ? "gap" : "lru";
+  const auto policies = policy_names();
+  drawn.policy = policies[source.below(static_cast<std::uint32_t>(policies.size()))];
   drawn.max_waiting_per_model = 1 + source.below(6);
   drawn.max_waiting = 1 + source.below(16);
   drawn.load_channels_per_device = 1 + source.below(3);
   drawn.overdue_after = seconds{1 + source.below(40)};
   drawn.backoff_max = seconds{1 + source.below(30)};
   drawn.explain_capacity = 64;
+  if (source.below(3) != 0) {
+    drawn.tier_budget = Bytes{30 + static_cast<std::int64_t>(source.below(80))};
+    drawn.copy_padding = Bytes{source.below(3) == 0 ? 1 + source.below(9) : 0};
+    for (std::uint32_t i = 0; i < devices; ++i) drawn.above_tier.push_back(source.below(5) != 0);
+  }
   return drawn;
 }
 
@@ -78,7 +84,7 @@ class EventMaker {
     Event event;
     pass_time(referee);
     event.now = now_;
-    const std::uint32_t draw = source_.below(108);
+    const std::uint32_t draw = source_.below(113);
     if (referee.models().empty() || draw < 3) return add(event, referee);
     if (draw < 30) return request(event, referee);
     if (draw < 38) return of(event, EventKind::kTryAcquire, any_model(referee));
@@ -99,11 +105,15 @@ class EventMaker {
     if (draw < 102) return add_share(event, referee);
     if (draw < 104) return split_share(event, referee);
     if (draw < 105) return forget_share(event, referee);
-    return lose(event, referee);
+    if (draw < 108) return lose(event, referee);
+    if (draw < 110) return set_tier_budget(event, referee);
+    if (draw < 111) return of(event, EventKind::kForgive, any_model(referee));
+    return lose_copy(event, referee);
   }
 
  private:
   using Phase = Referee::Phase;
+  using CopyPhase = Referee::CopyPhase;
 
   static Event of(Event event, EventKind kind, ModelId model) {
     event.kind = kind;
@@ -220,8 +230,22 @@ class EventMaker {
   }
   [[nodiscard]] Event end_io(Event event, const Referee& referee) {
     std::vector<ModelId> running;
+    std::vector<ModelId> dropping;
     for (const auto& [id, model] : referee.models()) {
-      if (model.phase == Phase::kLoading || model.phase == Phase::kUnloading) running.push_back(id);
+      const bool held_back = model.copy.phase == CopyPhase::kAwaited;
+      if (model.phase == Phase::kLoading || (model.phase == Phase::kUnloading && !held_back)) {
+        running.push_back(id);
+      }
+      if (model.copy.phase == CopyPhase::kDropping) dropping.push_back(id);
+    }
+    if (!dropping.empty() && source_.below(2) == 0) {
+      event.kind = EventKind::kCopyDropped;
+      event.model = dropping[source_.below(static_cast<std::uint32_t>(dropping.size()))];
+      event.budget = referee.copy_exclusive(event.model);
+      if (source_.below(5) == 0) {
+        event.budget = Bytes{source_.below(static_cast<std::uint32_t>(event.budget.value) + 1)};
+      }
+      return event;
     }
     if (running.empty()) return request(event, referee);
     event.model = running[source_.below(static_cast<std::uint32_t>(running.size()))];
@@ -229,6 +253,7 @@ class EventMaker {
     if (model.phase == Phase::kUnloading) {
       event.kind = EventKind::kUnloadDone;
       event.charge = part_of(referee.exclusive(event.model));
+      if (model.copy.phase == CopyPhase::kMaking && source_.below(6) != 0) keep(event, model);
     } else if (source_.below(6) == 0 || model.stopping) {
       event.kind = EventKind::kLoadFailed;
       event.failure = static_cast<LoadFailure>(model.stopping ? 2 : source_.below(3));
@@ -236,13 +261,43 @@ class EventMaker {
       event.kind = EventKind::kLoadDone;
       event.charge = near(model.held, referee);
       event.took = milliseconds{source_.below(5000)};
+      const bool copied = model.copy.phase == CopyPhase::kKept && source_.below(4) != 0;
+      event.source =
+          copied ? modelyard::Source::kCopy
+                 : static_cast<modelyard::Source>(source_.below(24) == 0 ? 2 : source_.below(2));
+      if (copied) event.took /= 16;
     }
     return event;
+  }
+  // Mostly what was reserved, sometimes less; or more, and then none is made. Now and then it took
+  // long.
+  void keep(Event& event, const Referee::Model& model) {
+    std::int64_t bytes = model.copy.own;
+    if (source_.below(5) == 0) {
+      bytes = std::max<std::int64_t>(0, bytes + static_cast<std::int64_t>(source_.below(41)) - 25);
+    }
+    event.kept = Kept{.bytes = Bytes{bytes},
+                      .took = milliseconds{1 + source_.below(source_.below(24) == 0 ? 4000 : 20)},
+                      .made = bytes <= model.copy.own};
   }
   [[nodiscard]] Event set_budget(Event event, const Referee& referee) {
     event.kind = EventKind::kSetBudget;
     event.device = device(source_.below(static_cast<std::uint32_t>(referee.device_count())));
     event.budget = Bytes{source_.below(10) == 0 ? 0 : 40 + source_.below(110)};
+    return event;
+  }
+  [[nodiscard]] Event set_tier_budget(Event event, const Referee& referee) {
+    if (!referee.has_tier()) return end_io(event, referee);
+    event.kind = EventKind::kSetTierBudget;
+    event.budget = Bytes{source_.below(10) == 0 ? 0 : 20 + source_.below(130)};
+    return event;
+  }
+  // Of a model that has a copy, if there is one.
+  [[nodiscard]] Event lose_copy(Event event, const Referee& referee) {
+    event = of(event, EventKind::kCopyLost, any_model(referee));
+    for (const auto& [id, model] : referee.models()) {
+      if (model.copy.phase == CopyPhase::kKept && source_.below(2) == 0) event.model = id;
+    }
     return event;
   }
   [[nodiscard]] Event set_closed(Event event, const Referee& referee) {
@@ -329,6 +384,9 @@ class EventMaker {
       event.spec.shares_on.push_back(source_.below(3) == 0 ? kNoDevice : device(source_.below(20)));
     }
     if (source_.below(3) == 0) event.spec.replaces = event.model;
+    if (source_.below(2) == 0) {
+      event.kept = Kept{.bytes = event.budget, .took = seconds{1}, .made = source_.below(2) == 0};
+    }
     return event;
   }
 

@@ -15,6 +15,7 @@
 #include "books.hpp"
 #include "event.hpp"
 #include "modelyard/yard.hpp"
+#include "tier_referee.hpp"
 
 namespace modelyard::test {
 
@@ -36,16 +37,18 @@ namespace modelyard::test {
 ///   room;
 ///   - refusals have the cause they name, back-off grows within its bounds, deadlines are kept,
 ///   wakes are asked for;
-///   - errors change nothing, and are given exactly where the contract says.
+///   - errors change nothing, and are given exactly where the contract says;
+///   - what TierReferee says of the host tier.
 /// It knows nothing of policies and does not predict who is chosen.
-class Referee : private Books {
+class Referee : private TierReferee {
  public:
+  using Books::CopyPhase;
   using Books::Model;
   using Books::Phase;
-  using Verdict = std::optional<std::string>;
+  using TierReferee::Verdict;
 
   explicit Referee(YardOptions options)
-      : Books(options.budgets), options_(std::move(options)), deficits_(options_.budgets.size()) {}
+      : TierReferee(options), options_(std::move(options)), deficits_(options_.budgets.size()) {}
 
   // What it believes; random events are made from this, never from the yard.
   using Books::budget;
@@ -54,6 +57,11 @@ class Referee : private Books {
   using Books::exclusive;
   using Books::models;
   using Books::shares;
+  using TierReferee::copy_exclusive;
+  using TierReferee::has_tier;
+  using TierReferee::tier;
+  using TierReferee::tier_budget;
+  using TierReferee::unrest;
   [[nodiscard]] const std::map<TicketId, std::pair<ModelId, Tick>>& tickets() const {
     return tickets_;
   }
@@ -66,6 +74,7 @@ class Referee : private Books {
   [[nodiscard]] Verdict judge(const Event& event, const Outcome& outcome, const Yard& yard) {
     const std::size_t waiting_before = waiting_models();
     const std::vector<Bytes> deficits_before = deficits_;
+    begin_call(event);
     const auto subject = models_.find(event.model);
     phase_before_ = subject == models_.end() ? Phase::kAway : subject->second.phase;
     if (Verdict verdict = judge_result(event, outcome)) return verdict;
@@ -80,9 +89,15 @@ class Referee : private Books {
       loaded = loaded || std::holds_alternative<Load>(action);
       if (Verdict verdict = obey(event, action, yard)) return describe(action) + ": " + *verdict;
     }
+    if (Verdict verdict = find_held_back(yard)) return verdict;
     forget_what_is_gone();
     if (Verdict verdict = check_lost(event, outcome)) return verdict;
     if (Verdict verdict = compare(yard)) return verdict;
+    if (Verdict verdict = compare_tier(yard)) return verdict;
+    if (!outcome.error) {
+      if (Verdict verdict = check_tier(event)) return verdict;
+      if (Verdict verdict = check_price(event, yard)) return verdict;
+    }
     if (Verdict verdict = check_deficits(event, deficits_before)) return verdict;
     if (Verdict verdict = check_repayment()) return verdict;
     if (Verdict verdict = check_times(event)) return verdict;
@@ -177,6 +192,7 @@ class Referee : private Books {
       case EventKind::kUnpin:
       case EventKind::kTryAcquire:
       case EventKind::kRequest:
+      case EventKind::kForgive:
         if (!known) return ErrorCode::kStaleId;
         return std::nullopt;
       case EventKind::kUnload:
@@ -209,15 +225,15 @@ class Referee : private Books {
       case EventKind::kUnloadDone:
         if (model == nullptr) return ErrorCode::kStaleId;
         if (!in(Phase::kUnloading)) return ErrorCode::kWrongState;
+        if (const auto error = kept_error(event, *model)) return error;
         if (!valid(event.charge) || !event.charge.fits_within(exclusive(event.model))) {
           return ErrorCode::kInvalidArgument;
         }
         return std::nullopt;
       case EventKind::kReclaimed:
         if (model == nullptr) return ErrorCode::kStaleId;
-        if (!valid(event.charge) || !event.charge.fits_within(model->quarantined)) {
-          return ErrorCode::kInvalidArgument;
-        }
+        // Also what copies have left on the tier.
+        if (!event.charge.fits_within(model->quarantined)) return ErrorCode::kInvalidArgument;
         return std::nullopt;
       case EventKind::kRemeasured:
         // A fact about memory that is held, also where the model is removed.
@@ -244,6 +260,10 @@ class Referee : private Books {
         if (!shares_.contains(event.share)) return ErrorCode::kStaleId;
         if (models_made_of(event.share) > 0) return ErrorCode::kWrongState;
         return std::nullopt;
+      case EventKind::kSetTierBudget:
+      case EventKind::kCopyDropped:
+      case EventKind::kCopyLost:
+        return tier_error(event);
       case EventKind::kTick:
         return std::nullopt;
     }
@@ -262,6 +282,7 @@ class Referee : private Books {
 
   // The event's own facts.
   [[nodiscard]] Verdict believe(const Event& event, const Outcome& outcome) {
+    believe_tier(event, outcome);
     switch (event.kind) {
       case EventKind::kAddModel: {
         if (models_.contains(outcome.model)) return "an id was given out twice";
@@ -335,6 +356,7 @@ class Referee : private Books {
         model.backoff = Duration{};
         model.retry_at = Tick{};
         model.stopping = false;
+        believe_times(event);
         break;
       }
       case EventKind::kLoadFailed: {
@@ -362,8 +384,18 @@ class Referee : private Books {
       case EventKind::kTick:
         if (now_ >= wake_at_) wake_at_ = kNever;
         break;
+      case EventKind::kForgive: {
+        Model& model = models_.at(event.model);
+        model.failures = 0;
+        model.backoff = Duration{};
+        model.retry_at = Tick{};
+        break;
+      }
       case EventKind::kLost:
       case EventKind::kUnload:
+      case EventKind::kSetTierBudget:
+      case EventKind::kCopyDropped:
+      case EventKind::kCopyLost:
         break;
     }
     return std::nullopt;
@@ -381,7 +413,7 @@ class Referee : private Books {
     shares_[part] = SharedBytes{.bytes = bytes, .was_used = shares_.at(whole).was_used};
     shares_.at(whole).bytes -= bytes;
     for (auto& [id, model] : models_) {
-      for (auto* list : {&model.shares, &model.held_shares}) {
+      for (auto* list : {&model.shares, &model.held_shares, &model.copy.shares}) {
         if (std::find(list->begin(), list->end(), whole) != list->end()) list->push_back(part);
       }
     }
@@ -413,6 +445,7 @@ class Referee : private Books {
       return std::nullopt;
     }
     if (const auto* load = std::get_if<Load>(&action)) return obey_load(*load);
+    if (const auto* dropped = std::get_if<DropCopy>(&action)) return obey_drop(event, *dropped);
     const auto must_stay = [&](ModelId which, const Model& model) {
       return model.pinned && !model.removed &&
              (event.kind != EventKind::kLost || event.model != which);
@@ -437,6 +470,8 @@ class Referee : private Books {
       model.phase = Phase::kDraining;
       return std::nullopt;
     }
+    const Unload& sent = std::get<Unload>(action);
+    if (is_held_back(model)) return obey_keep(id, model, sent);
     if (model.phase != Phase::kResident && model.phase != Phase::kDraining) {
       return "the model is not there to be unloaded";
     }
@@ -444,7 +479,7 @@ class Referee : private Books {
     // A model pinned while it drained was already told to go: Unload follows Drain.
     if (must_stay(id, model) && model.phase == Phase::kResident) return "the model is pinned";
     model.phase = Phase::kUnloading;
-    return std::nullopt;
+    return obey_keep(id, model, sent);
   }
 
   [[nodiscard]] Verdict obey_load(const Load& load) {
@@ -468,6 +503,8 @@ class Referee : private Books {
     }
     model.phase = Phase::kLoading;
     model.in_use = load.placement;
+    model.asked = false;
+    model.lost = false;
     model.held = model.placements[load.placement];
     model.held_shares_on = shares_device(model, load.placement);
     if (model.held_shares_on != kNoDevice) model.held_shares = model.shares;
@@ -570,7 +607,8 @@ class Referee : private Books {
   void forget_what_is_gone() {
     std::erase_if(models_, [](const auto& item) {
       const Model& model = item.second;
-      return model.removed && model.phase == Phase::kAway && model.quarantined.empty();
+      return model.removed && model.phase == Phase::kAway && model.quarantined.empty() &&
+             model.copy.phase == CopyPhase::kNone;
     });
     forget_unused_shares();
   }
@@ -794,6 +832,9 @@ class Referee : private Books {
       if (fits) return describe(found->first) + " waits though it fits";
       if (fits_later(model, p)) return std::nullopt;
     }
+    for (std::size_t p = 0; p < model.placements.size(); ++p) {
+      if (waits_for_channel(model, p)) return std::nullopt;
+    }
     const auto idle = [](ModelId, const Model& each) {
       return each.phase == Phase::kResident && each.leases.empty() && !each.pinned;
     };
@@ -805,6 +846,17 @@ class Referee : private Books {
       if (could_be_made) return describe(found->first) + " waits though idle models could go";
     }
     return std::nullopt;
+  }
+
+  // It will be loaded there as soon as another load has ended: nobody leaves for it elsewhere.
+  [[nodiscard]] bool waits_for_channel(const Model& model, std::size_t placement) const {
+    bool busy = false;
+    for (std::size_t where = 0; where < budgets_.size(); ++where) {
+      if (!touches(model, placement, where)) continue;
+      if (closed_[where]) return false;
+      busy = busy || loads_on(where) >= options_.load_channels_per_device;
+    }
+    return busy && fits_soon(model, placement);
   }
 
   [[nodiscard]] bool open_for_load(const Model& model, std::size_t placement) const {
@@ -907,6 +959,10 @@ class Session {
     const std::size_t bound = 100 + 20 * (referee_.tickets().size() + referee_.models().size());
     for (std::size_t round = 0; round < bound && !violation_; ++round) {
       if (finish_everything()) continue;
+      if (Referee::Verdict verdict = referee_.unrest()) {
+        violation_ = "nothing goes on, and " + *verdict;
+        return;
+      }
       if (referee_.tickets().empty()) return;
       if (referee_.wake_at() == kNever) {
         violation_ = "tickets wait, nothing goes on and nobody is woken\n  last: " +
@@ -948,7 +1004,8 @@ class Session {
       step(back);
     }
     if (violation_) return;
-    for (std::size_t where = 0; where < yard_.device_count(); ++where) {
+    const std::size_t accounts = yard_.device_count() + (referee_.has_tier() ? 1 : 0);
+    for (std::size_t where = 0; where < accounts; ++where) {
       const Account& account = yard_.account(static_cast<DeviceIndex>(where));
       if (account.used() != Bytes{0} || account.deficit != Bytes{0}) {
         violation_ = "bytes are left on device " + std::to_string(where);
@@ -970,7 +1027,7 @@ class Session {
     return made;
   }
 
-  // Ends one load, one unload and one lease, whichever there are. False if there were none.
+  // Ends what runs: loads, unloads, drops of copies and leases. False if there was nothing.
   bool finish_everything() {
     std::vector<Event> events;
     for (const auto& [lease, model] : referee_.leases()) {
@@ -982,14 +1039,26 @@ class Session {
       Event done = event(EventKind::kLoadDone);
       done.model = id;
       done.charge = model.held;
+      const Referee::CopyPhase copy = model.copy.phase;
+      if (copy == Referee::CopyPhase::kMaking) {
+        done.kept = Kept{.bytes = Bytes{model.copy.own}, .took = seconds{1}};
+      }
+      if (copy == Referee::CopyPhase::kKept) done.source = Source::kCopy;
       if (model.phase == Referee::Phase::kUnloading) done.kind = EventKind::kUnloadDone;
-      if (model.phase == Referee::Phase::kUnloading || model.phase == Referee::Phase::kLoading) {
+      const bool held_back = copy == Referee::CopyPhase::kAwaited;
+      if ((model.phase == Referee::Phase::kUnloading && !held_back) ||
+          model.phase == Referee::Phase::kLoading) {
+        events.push_back(done);
+      }
+      if (copy == Referee::CopyPhase::kDropping) {
+        done.kind = EventKind::kCopyDropped;
         events.push_back(done);
       }
     }
     for (Event& each : events) {
       // The last of a share's holders brings it back: who that is shows only now.
       if (each.kind == EventKind::kUnloadDone) each.charge = referee_.exclusive(each.model);
+      if (each.kind == EventKind::kCopyDropped) each.budget = referee_.copy_exclusive(each.model);
       step(each);
     }
     return !events.empty();

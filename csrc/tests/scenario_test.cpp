@@ -24,15 +24,22 @@
 // and what they are expected to print, up to an empty line. Lines that begin with # are for
 // readers.
 //
-//   yard 100,100 [policy=lru] [channels=1] [overdue=30s] [backoff=1s..60s] [queue=N] [explain=N]
-//   model NAME PLACEMENT[|PLACEMENT...] [reload=SECONDS]        PLACEMENT is
-//   BYTES@DEVICE[+BYTES@DEVICE...] request NAME as TICKET [within=TIME]    acquire NAME as TICKET
-//   cancel TICKET    release TICKET loaded NAME [PLACEMENT] [took=TIME]     failed NAME
-//   transient|permanent|cancelled unloaded NAME [PLACEMENT]               reclaimed NAME PLACEMENT
-//   remeasured NAME PLACEMENT pin|unpin|unload|remove NAME            placements NAME
-//   PLACEMENT[|PLACEMENT...] budget DEVICE BYTES                     close|open DEVICE wait TIME
-//   lets time pass; the yard is called whenever it asked to be woken show           prints all
-//   models and devices explain        prints the decisions since the last time
+//   yard 100,100 [tier=BYTES [above=0,1] [padding=BYTES]] [policy=lru] [channels=1] [overdue=30s]
+//        [backoff=1s..60s] [queue=N] [explain=N]    all devices are above the tier unless said
+//   model NAME PLACEMENT[|PLACEMENT...] [reload=SECONDS]
+//        PLACEMENT is BYTES@DEVICE[+BYTES@DEVICE...]
+//   request NAME as TICKET [within=TIME]    acquire NAME as TICKET
+//   cancel TICKET    release TICKET
+//   loaded NAME [PLACEMENT] [took=TIME] [from=storage|cache|copy]
+//   failed NAME transient|permanent|cancelled
+//   unloaded NAME [PLACEMENT] [kept=BYTES [keeping=TIME]]    no copy is made of more than may be
+//   reclaimed NAME PLACEMENT
+//   copydropped NAME [BYTES]    copylost NAME    remeasured NAME PLACEMENT    lost NAME
+//   pin|unpin|unload|remove|forgive NAME    placements NAME PLACEMENT[|PLACEMENT...]
+//   budget DEVICE BYTES    tierbudget BYTES    close|open DEVICE
+//   wait TIME       lets time pass; the yard is called whenever it asked to be woken
+//   show            prints all models and devices
+//   explain         prints the decisions since the last time
 //
 // Printed is what the yard asks for, in its order, each with the time it was asked at, and errors
 // by their code. With MODELYARD_REWRITE=1 in the environment the expectations are written anew
@@ -188,6 +195,15 @@ class Stage {
       if (const auto given = command.option(name))
         into = static_cast<std::uint32_t>(number(*given));
     };
+    if (const auto tier = command.option("tier")) {
+      wanted.tier_budget = Bytes{number(*tier)};
+      wanted.copy_padding = Bytes{number(command.option("padding").value_or("0"))};
+      const auto above = command.option("above");
+      wanted.above_tier.assign(wanted.budgets.size(), !above);
+      for (const std::string& each : split(above.value_or(""), ',')) {
+        wanted.above_tier.at(static_cast<std::size_t>(number(each))) = true;
+      }
+    }
     wanted.policy = command.option("policy").value_or(wanted.policy);
     count("channels", wanted.load_channels_per_device);
     count("queue", wanted.max_waiting_per_model);
@@ -215,15 +231,29 @@ class Stage {
 
   [[nodiscard]] Event event_of(const Command& command) const {
     static const std::map<std::string, EventKind> kinds{
-        {"model", EventKind::kAddModel},      {"placements", EventKind::kUpdatePlacements},
-        {"remove", EventKind::kRemoveModel},  {"pin", EventKind::kPin},
-        {"unpin", EventKind::kUnpin},         {"unload", EventKind::kUnload},
-        {"budget", EventKind::kSetBudget},    {"close", EventKind::kSetClosed},
-        {"open", EventKind::kSetClosed},      {"acquire", EventKind::kTryAcquire},
-        {"request", EventKind::kRequest},     {"cancel", EventKind::kCancel},
-        {"release", EventKind::kRelease},     {"loaded", EventKind::kLoadDone},
-        {"failed", EventKind::kLoadFailed},   {"unloaded", EventKind::kUnloadDone},
-        {"reclaimed", EventKind::kReclaimed}, {"remeasured", EventKind::kRemeasured}};
+        {"model", EventKind::kAddModel},
+        {"placements", EventKind::kUpdatePlacements},
+        {"remove", EventKind::kRemoveModel},
+        {"pin", EventKind::kPin},
+        {"unpin", EventKind::kUnpin},
+        {"unload", EventKind::kUnload},
+        {"budget", EventKind::kSetBudget},
+        {"close", EventKind::kSetClosed},
+        {"open", EventKind::kSetClosed},
+        {"acquire", EventKind::kTryAcquire},
+        {"request", EventKind::kRequest},
+        {"cancel", EventKind::kCancel},
+        {"release", EventKind::kRelease},
+        {"loaded", EventKind::kLoadDone},
+        {"failed", EventKind::kLoadFailed},
+        {"unloaded", EventKind::kUnloadDone},
+        {"reclaimed", EventKind::kReclaimed},
+        {"remeasured", EventKind::kRemeasured},
+        {"lost", EventKind::kLost},
+        {"forgive", EventKind::kForgive},
+        {"copylost", EventKind::kCopyLost},
+        {"copydropped", EventKind::kCopyDropped},
+        {"tierbudget", EventKind::kSetTierBudget}};
     const auto kind = kinds.find(command.word(0));
     if (kind == kinds.end()) throw BadScript("no such command");
     Event event = harness_->make(kind->second);
@@ -244,6 +274,9 @@ class Stage {
       case EventKind::kSetClosed:
         event.device = device(static_cast<std::uint32_t>(number(subject)));
         event.closed = command.word(0) == "close";
+        break;
+      case EventKind::kSetTierBudget:
+        event.budget = Bytes{number(subject)};
         break;
       case EventKind::kCancel:
         event.ticket = ticket(subject);
@@ -267,9 +300,20 @@ class Stage {
         break;
       case EventKind::kLoadDone:
         if (const auto took = command.option("took")) event.took = duration(*took);
-        [[fallthrough]];
+        event.source = source(command.option("from").value_or("storage"));
+        event.charge = charge_or_held();
+        break;
       case EventKind::kUnloadDone:
         event.charge = charge_or_held();
+        if (const auto kept = command.option("kept")) {
+          event.kept = Kept{.bytes = Bytes{number(*kept)},
+                            .took = duration(command.option("keeping").value_or("0s"))};
+          event.kept->made = event.kept->bytes <= harness_->entry(event.model).copy.held.total();
+        }
+        break;
+      case EventKind::kCopyDropped:
+        event.budget = command.words.size() > 2 ? Bytes{number(command.word(2))}
+                                                : harness_->yard().copy_exclusive(event.model);
         break;
       case EventKind::kReclaimed:
       case EventKind::kRemeasured:
@@ -290,6 +334,13 @@ class Stage {
       if (test::show(each) == text) return each;
     }
     throw BadScript("no such failure: " + text);
+  }
+
+  static Source source(const std::string& text) {
+    if (text == "storage") return Source::kStorage;
+    if (text == "cache") return Source::kPageCache;
+    if (text == "copy") return Source::kCopy;
+    throw BadScript("no such source: " + text);
   }
 
   void step(const Event& event, const Command& command) {
@@ -355,7 +406,12 @@ class Stage {
     if (const auto* stop = std::get_if<CancelLoad>(&action))
       return "cancel load " + name(stop->model);
     if (const auto* drain = std::get_if<Drain>(&action)) return "drain " + name(drain->model);
-    if (const auto* unload = std::get_if<Unload>(&action)) return "unload " + name(unload->model);
+    if (const auto* unload = std::get_if<Unload>(&action)) {
+      return "unload " + name(unload->model) + (unload->keep ? " keep" : "");
+    }
+    if (const auto* dropped = std::get_if<DropCopy>(&action)) {
+      return "drop copy " + name(dropped->model);
+    }
     if (const auto* wake = std::get_if<WakeAt>(&action)) return "wake at " + test::show(wake->at);
     return words(std::get<Refuse>(action));
   }
@@ -390,12 +446,19 @@ class Stage {
       if (entry->waiting_count > 0) printed_ << ", waiting " << entry->waiting_count;
       if (entry->pinned) printed_ << ", pinned";
       if (entry->removed) printed_ << ", removed";
+      if (entry->copy.state != CopyState::kNone) {
+        printed_ << ", copy " << to_string(entry->copy.state);
+        if (!entry->copy.held.empty()) printed_ << ' ' << entry->copy.held.total().value;
+      }
       printed_ << '\n';
     }
-    for (std::uint32_t i = 0; i < harness_->yard().device_count(); ++i) {
+    const Yard& yard = harness_->yard();
+    const auto devices = static_cast<std::uint32_t>(yard.device_count());
+    const bool tier = yard.tier() != kNoDevice;
+    for (std::uint32_t i = 0; i < devices + (tier ? 1 : 0); ++i) {
       const Account& account = harness_->account(i);
-      printed_ << "device " << i << ": used " << account.used().value << " of "
-               << account.budget.value;
+      printed_ << (i < devices ? "device " + std::to_string(i) : "tier") << ": used "
+               << account.used().value << " of " << account.budget.value;
       const auto part = [&](const char* what, Bytes bytes) {
         if (bytes > Bytes{0}) printed_ << ", " << what << ' ' << bytes.value;
       };
@@ -497,7 +560,7 @@ TEST_P(Scenario, GoesAsWritten) {
 INSTANTIATE_TEST_SUITE_P(Scripts, Scenario, ::testing::ValuesIn(scripts()),
                          [](const auto& each) { return each.param; });
 
-TEST(ScenarioRunner, FindsTheScripts) { EXPECT_GE(scripts().size(), 8U); }
+TEST(ScenarioRunner, FindsTheScripts) { EXPECT_GE(scripts().size(), 14U); }
 
 TEST(ScenarioRunner, NoticesAnExpectationThatIsWrong) {
   const std::string good = "yard 100\nmodel a 60@0\nrequest a as r\n----\n[0s] load a 60@0\n";

@@ -35,6 +35,7 @@ TEST(YardCreation, StartsColdAndEmpty) {
   EXPECT_EQ(yard.waiting_count(), 0U);
   EXPECT_EQ(yard.lease_count(), 0U);
   EXPECT_EQ(yard.policy_name(), "gap");
+  EXPECT_EQ(YardOptions{}.policy, "ensemble");
   EXPECT_EQ(yard.account(device(1)).budget, Bytes{50});
   EXPECT_FALSE(yard.device_closed(device(0)));
   EXPECT_TRUE(yard.explanations().entries().empty());

@@ -41,6 +41,13 @@ struct Drain {
 
 /// Give the model's memory back; answer with unload_done. Nobody holds a lease on it.
 struct Unload {
+  ModelId model{};
+  bool keep{false};  ///< Copy its weights to the host tier before; room for them is reserved there.
+  Bytes most{};      ///< Most that the copy may hold beside the model's shares.
+};
+
+/// Give back the memory of the model's copy on the host tier; answer with copy_dropped.
+struct DropCopy {
   ModelId model;
 };
 
@@ -79,7 +86,7 @@ struct WakeAt {
   Tick at;
 };
 
-using Action = std::variant<Grant, Load, CancelLoad, Drain, Unload, Refuse, WakeAt>;
+using Action = std::variant<Grant, Load, CancelLoad, Drain, Unload, DropCopy, Refuse, WakeAt>;
 using Actions = std::vector<Action>;
 
 }  // namespace modelyard

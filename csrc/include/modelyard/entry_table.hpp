@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "modelyard/charge.hpp"
+#include "modelyard/reload.hpp"
 #include "modelyard/shares.hpp"
 #include "modelyard/slot_map.hpp"
 #include "modelyard/types.hpp"
@@ -54,6 +55,23 @@ struct Lease {
   EntryIndex entry{0};
 };
 
+/// Where the copy of a model's weights on the host tier stands.
+///
+///   NONE -> MAKING -> KEPT -> DROPPING -> NONE
+///     `-> AWAITED -^            (the model is being unloaded while AWAITED or MAKING)
+///
+/// AWAITED: its room is being made, and the unload with which it is made waits for that.
+enum class CopyState : std::uint8_t { kNone, kAwaited, kMaking, kKept, kDropping };
+
+[[nodiscard]] std::string_view to_string(CopyState state);
+
+/// A copy of a model's weights on the host tier.
+struct Copy {
+  CopyState state{CopyState::kNone};
+  Charge held;  ///< On the tier alone: reserved while MAKING, really held while KEPT or DROPPING.
+  std::vector<ShareId> shares;  ///< Held there like `held`.
+};
+
 /// A model as the core sees it.
 struct Entry {
   // First, and together: what a scan for victims looks at in every entry.
@@ -62,8 +80,9 @@ struct Entry {
   bool removed{false};      ///< Takes no requests; the slot is freed when nothing is held any more.
   bool leave_after{false};  ///< Asked to leave while LOADING: goes as soon as the load has ended.
   bool stop_sent{false};    ///< CancelLoad was sent for the load that runs.
+  bool forgotten{false};    ///< Leaves for good: no copy of it is to be kept.
   std::uint32_t lease_count{0};  ///< Requests that use it.
-  double reload_seconds{0};      ///< Expected, from measured loads; at first what the caller said.
+  double reload_seconds{0};      ///< What its next load is expected to take if it leaves now.
   Charge held;  ///< Reserved while LOADING; really held while RESIDENT, DRAINING or UNLOADING.
 
   std::uint32_t placement{0};      ///< The alternative in use while held is not empty.
@@ -85,7 +104,10 @@ struct Entry {
       shares_on;  ///< Where each placement holds the shares; kNoDevice if it has copies of its own.
   std::vector<ShareId> held_shares;       ///< Held now, like `held`.
   DeviceIndex held_shares_on{kNoDevice};  ///< Where; kNoDevice if held_shares is empty.
-  std::string label;                      ///< What people call it; for explanations only.
+  ReloadTimes times;                      ///< What its loads took.
+  Copy copy;
+  Bytes copy_bytes;   ///< What its last copy held alone, or would have; zero before the first.
+  std::string label;  ///< What people call it; for explanations only.
 };
 
 using EntryTable = SlotMap<Entry, ModelId>;

@@ -24,8 +24,10 @@ enum class Decision : std::uint8_t {
   kUnpinned,
   kDeviceClosed,
   kDeviceOpened,
-  kQueued,  ///< The first request began to wait for it.
-  kLost,    ///< Its memory is gone without anybody having asked.
+  kQueued,       ///< The first request began to wait for it.
+  kLost,         ///< Its memory is gone without anybody having asked.
+  kCopyKept,     ///< A copy of it is on the host tier.
+  kCopyDropped,  ///< That copy is to go; see `why`. `score` is by which it was chosen.
 };
 
 /// Why a model was made to leave.
@@ -36,7 +38,8 @@ enum class Why : std::uint8_t {
   kDeviceClosed,  ///< `device` was closed.
   kAsked,         ///< Somebody asked for it by hand.
   kRemoved,
-  kLost,  ///< Its memory was gone already: what held it has died.
+  kLost,      ///< Its memory was gone already: what held it has died.
+  kNotWorth,  ///< Loading from the copy takes no less time than from files.
 };
 
 [[nodiscard]] std::string_view to_string(Why why);

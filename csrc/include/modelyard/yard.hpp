@@ -16,6 +16,7 @@
 #include "modelyard/ledger.hpp"
 #include "modelyard/planner.hpp"
 #include "modelyard/policy.hpp"
+#include "modelyard/reload.hpp"
 #include "modelyard/result.hpp"
 #include "modelyard/shares.hpp"
 #include "modelyard/types.hpp"
@@ -24,8 +25,13 @@ namespace modelyard {
 
 /// How a yard behaves. Every bound is explicit.
 struct YardOptions {
-  std::vector<Bytes> budgets;  ///< One a device, 1 to kMaxDevices.
-  std::string policy{"gap"};
+  std::vector<Bytes> budgets;  ///< One a device, 1 to kMaxDevices; with a host tier one less.
+  Bytes tier_budget{0};        ///< Of the host tier; 0 for none.
+  Bytes copy_padding{0};       ///< What a copy may take beyond the model's bytes, as long as none
+                               ///< of the model has been made: it fills whole pages.
+  std::vector<bool> above_tier{};  ///< For each device, if copies of its models may be kept on the
+                                   ///< host tier. Not looked at without one.
+  std::string policy{"ensemble"};
   std::uint32_t max_waiting_per_model{1024};
   std::uint32_t max_waiting{65536};
   std::uint32_t load_channels_per_device{1};  ///< Loads that may run on a device at once.
@@ -60,7 +66,18 @@ struct YardCounters {
   std::uint64_t load_count{0};
   std::uint64_t load_failure_count{0};
   std::uint64_t eviction_count{0};
+  std::uint64_t promotion_count{0};  ///< Of the loads, those from a copy on the host tier.
+  std::uint64_t copy_count{0};       ///< Copies made.
+  std::uint64_t copy_drop_count{0};  ///< Copies dropped.
   double load_seconds{0};
+};
+
+/// What became of a copy that an unload was to make.
+struct Kept {
+  Bytes bytes;      ///< What it holds beside the model's shares, all of which it holds too; or
+                    ///< what it would have needed.
+  Duration took{};  ///< How long making it took.
+  bool made{true};  ///< False if it would have been larger than Unload::most: there is none.
 };
 
 /// Counters of one device.
@@ -90,8 +107,9 @@ struct DeviceCounters {
 /// - I8: A model that waits is QUEUED (or on its way out, to be QUEUED then) and stands in the
 ///   waiting list at the place of its oldest ticket.
 /// - I9: A share is charged once on each device where anybody holds it, as what its liveliest
-/// holder
-///   is: resident, reserved or draining.
+///   holder is: resident, reserved or draining. On the host tier likewise.
+/// - I10: The host tier's account is the sum of the copies. An unload is held back only while room
+///   for its copy is being made, and only by copies that are on their way out.
 ///
 /// Scheduling. Waiting models are looked at in the order of their oldest ticket. One whose bytes
 /// are free is loaded, where most room is left; one whose bytes are on their way back keeps them to
@@ -106,6 +124,19 @@ struct DeviceCounters {
 /// Loading a model needs the shares that are not there yet; evicting one frees those that nobody
 /// else holds. A share held only by models that are being unloaded counts as on its way back: a
 /// model that wants it and loads before it is gone takes it over.
+///
+/// The host tier. Weights never change, so a copy of them in host memory is as good as the files,
+/// and nearer. It is made when a model is evicted from a device that is above the tier, if the
+/// seconds that the next load is expected to save are more than making the copy takes, and if there
+/// is room, or room can be made by dropping copies that the policy scores lower: by the seconds
+/// they save, for the share of the tier they hold. A copy of a model that is on a device counts a
+/// quarter of that. A copy outlives the loads from it; then the model is dropped without another.
+/// One that turns out to save nothing is dropped. Who is unloaded by hand, or removed, leaves no
+/// copy. Shares are charged once on the tier too.
+///
+/// Prices. What a load takes depends on where the weights come from: each model's loads are
+/// measured apart by their source. Expected is what the copy takes if there is one, else what files
+/// take: from storage and from the page cache, in the proportion in which reloads find the latter.
 ///
 /// Sizes. A placement is an upper bound that the caller vouches for. A load that turns out larger
 /// makes a deficit, which is repaid before anything else is loaded on the device, and the placement
@@ -149,10 +180,16 @@ class Yard {
   Status pin(ModelId model, Tick now, Actions& out);
   Status unpin(ModelId model, Tick now, Actions& out);
   /// Asks a model to leave: at once if it is resident, after its load if somebody waits for that.
-  /// Nothing happens to one that holds nothing. kPinned if it is pinned.
+  /// Its copy goes too, unless somebody waits for the model. Nothing happens to one that holds
+  /// nothing. kPinned if it is pinned.
   Status unload(ModelId model, Tick now, Actions& out);
   /// Changes a budget. Models that no longer fit are drained, idle ones first.
   Status set_budget(DeviceIndex device, Bytes budget, Tick now, Actions& out);
+  /// Changes the budget of the host tier; copies go until what is left fits. kWrongState if there
+  /// is no tier.
+  Status set_tier_budget(Bytes budget, Tick now, Actions& out);
+  /// Forgets that loads have failed: a FAILED model is COLD, and may be tried at once.
+  Status forgive(ModelId model, Tick now);
   /// While a device is closed nothing is loaded onto it, and what is there drains, pinned models
   /// excepted.
   Status set_device_closed(DeviceIndex device, bool closed, Tick now, Actions& out);
@@ -183,13 +220,29 @@ class Yard {
 
   // --- What became of the actions
 
-  /// A load has ended well: the model holds `actual` besides its shares, and loading took `took`.
-  Status load_done(ModelId model, Tick now, const Charge& actual, Duration took, Actions& out);
+  /// A load has ended well: the model holds `actual` besides its shares, and loading from `source`
+  /// took `took`.
+  Status load_done(ModelId model, Tick now, const Charge& actual, Duration took, Source source,
+                   Actions& out);
+  Status load_done(ModelId model, Tick now, const Charge& actual, Duration took, Actions& out) {
+    return load_done(model, now, actual, took, Source::kStorage, out);
+  }
   /// A load has failed and holds nothing any more.
   Status load_failed(ModelId model, Tick now, LoadFailure failure, Actions& out);
   /// An unload has ended: `freed` is measurably back, at most exclusive(model). What is missing is
-  /// quarantined.
-  Status unload_done(ModelId model, Tick now, const Charge& freed, Actions& out);
+  /// quarantined. `kept` tells of the copy, if one was asked for; nothing if it could not be made.
+  Status unload_done(ModelId model, Tick now, const Charge& freed, const std::optional<Kept>& kept,
+                     Actions& out);
+  Status unload_done(ModelId model, Tick now, const Charge& freed, Actions& out) {
+    return unload_done(model, now, freed, std::nullopt, out);
+  }
+  /// A copy has been dropped: `freed` is measurably back, at most copy_exclusive(model). What is
+  /// missing is quarantined on the tier.
+  Status copy_dropped(ModelId model, Tick now, Bytes freed, Actions& out);
+  /// The memory of a model's copy is gone, or going, without anybody having asked: a DropCopy says
+  /// when to tell that it is back. kWrongState unless it is KEPT: one that is being made ends with
+  /// its unload, one that is being dropped with copy_dropped.
+  Status copy_lost(ModelId model, Tick now, Actions& out);
   /// Quarantined bytes of a model have come back.
   Status reclaimed(ModelId model, Tick now, const Charge& bytes, Actions& out);
   /// A resident or draining model was measured again.
@@ -209,6 +262,10 @@ class Yard {
   /// What comes back when a model leaves now: what it holds alone, and the shares that nobody else
   /// holds. Empty if the id is stale.
   [[nodiscard]] Charge exclusive(ModelId model) const;
+  /// What comes back when the model's copy is dropped now.
+  [[nodiscard]] Bytes copy_exclusive(ModelId model) const;
+  /// Where the host tier's account is; kNoDevice if there is none. It comes after the devices.
+  [[nodiscard]] DeviceIndex tier() const { return tier_; }
   /// All that a model holds, shares included. Empty if the id is stale.
   [[nodiscard]] Charge held_with_shares(ModelId model) const;
   /// A share, or null if the id is stale.
@@ -223,7 +280,8 @@ class Yard {
   /// yard.
   [[nodiscard]] const Entry* entry(ModelId model) const { return entries_.find(model); }
   [[nodiscard]] std::size_t model_count() const { return entries_.size(); }
-  [[nodiscard]] std::size_t device_count() const { return ledger_.device_count(); }
+  /// Devices, the host tier not among them.
+  [[nodiscard]] std::size_t device_count() const { return options_.budgets.size(); }
   [[nodiscard]] std::size_t waiting_count() const { return tickets_.size(); }
   [[nodiscard]] std::size_t lease_count() const { return leases_.size(); }
   [[nodiscard]] const Account& account(DeviceIndex device) const { return ledger_.account(device); }
@@ -234,12 +292,14 @@ class Yard {
   [[nodiscard]] const YardCounters& counters() const { return counters_; }
   [[nodiscard]] const ExplainLog& explanations() const { return explain_; }
   [[nodiscard]] std::string_view policy_name() const { return policy_->name(); }
+  /// Looks at the policy: by which rule it goes, what its shadow caches cost.
+  [[nodiscard]] const Policy& policy() const { return *policy_; }
 
   /// Who would have to leave for the model to be loaded now: the answer the scheduler would act
   /// upon. Nothing if it needs nobody, or if the idle models do not suffice.
   [[nodiscard]] std::optional<Plan> plan_for(ModelId model) const;
 
-  /// Checks I1 to I9 against the entries, tickets and leases themselves. The error names the first
+  /// Checks I1 to I10 against the entries, tickets and leases themselves. The error names the first
   /// violation.
   [[nodiscard]] Status audit() const;
 
@@ -301,12 +361,15 @@ class Yard {
   void begin(Tick now, Actions& out);
   void finish(Actions& out);
 
+  void tell_policy(EntryIndex index);
+  void tell_budgets();
   [[nodiscard]] Entry* live(ModelId model);
   [[nodiscard]] Status check_placements(std::span<const Charge> placements) const;
   [[nodiscard]] Status check_shares(std::span<const ShareId> shares,
                                     std::span<const DeviceIndex> shares_on,
                                     std::span<const Charge> placements) const;
   [[nodiscard]] Status check_measured(const Entry& entry, const Charge& actual) const;
+  [[nodiscard]] Status check_kept(const Entry& entry, const std::optional<Kept>& kept) const;
   [[nodiscard]] Entry& entry_at(EntryIndex index) { return *entries_.at(index); }
   [[nodiscard]] const Entry& entry_at(EntryIndex index) const { return *entries_.at(index); }
 
@@ -344,6 +407,8 @@ class Yard {
   void turn_shares(const Entry& entry, Holding from, Holding to);
   void pin_shares(const Entry& entry, bool pinned);
   void drop_shares(Entry& entry, Holding from, bool settled);
+  void move_holders(std::span<const ShareId> shares, std::optional<Holding> from,
+                    std::optional<Holding> to, bool charged = true);
   void change_holders(ShareId id, DeviceIndex device, bool charged, auto&& change);
   void refer(std::span<const ShareId> shares);
   void unrefer(std::span<const ShareId> shares);
@@ -358,6 +423,28 @@ class Yard {
   void come_to_rest(EntryIndex index);
   void drain_closed(Actions& out);
   void learn_size(EntryIndex index, const Charge& actual);
+
+  // The host tier.
+  [[nodiscard]] Bytes weight_of(const Entry& entry) const;
+  [[nodiscard]] Bytes own_of_copy(const Entry& entry) const;
+  [[nodiscard]] double seconds_from_files(const Entry& entry) const;
+  [[nodiscard]] double seconds_from_copy(const Entry& entry) const;
+  void reprice(Entry& entry);
+  [[nodiscard]] Bytes room_for_copy(const Entry& entry) const;
+  [[nodiscard]] Charge exclusive_of(const Copy& copy) const;
+  [[nodiscard]] double worth_of_copy(const Entry& entry) const;
+  [[nodiscard]] bool may_be_copied(const Entry& entry) const;
+  [[nodiscard]] std::vector<Resident> copies(bool wanted_too) const;
+  void send_unload(EntryIndex index, Actions& out);
+  bool make_room_for_copy(EntryIndex index, Actions& out);
+  void resume_awaited(Actions& out);
+  void begin_copy(EntryIndex index);
+  void end_copy(EntryIndex index, const std::optional<Kept>& kept);
+  void drop_copy(EntryIndex index, Cause cause, double score, Actions& out);
+  void end_drop(EntryIndex index, const Charge& freed);
+  void forget_copy(Entry& entry, Holding from, bool charged);
+  void forget(EntryIndex index, const Cause& cause, Actions& out);
+  void tidy_tier(Actions& out);
 
   // Scheduling.
   [[nodiscard]] Tick overdue_at(const Entry& entry) const;
@@ -381,6 +468,10 @@ class Yard {
 
   YardOptions options_;
   OwnedPolicy policy_;
+  // As in the ledger, in the form the planner takes. What has one element a device has one for the
+  // host tier as well, behind them.
+  std::vector<Bytes> budgets_;
+  DeviceIndex tier_{kNoDevice};
   Ledger ledger_;
   EntryTable entries_;
   TicketTable tickets_;
@@ -389,7 +480,8 @@ class Yard {
   ExplainLog explain_;
   YardCounters counters_;
   std::vector<DeviceCounters> device_counters_;
-  std::vector<Bytes> budgets_;    // As in the ledger, in the form the planner takes.
+  TransferPrices prices_;
+  std::vector<EntryIndex> awaited_;  // Unloads held back until there is room for a copy, in order.
   std::vector<Bytes> pinned_;     // Held by pinned models that are LOADING or RESIDENT, per device.
   std::vector<Bytes> unloading_;  // Held by models that are UNLOADING, per device.
   std::vector<std::uint32_t> loading_;  // Loads that run, per device.

@@ -1,20 +1,27 @@
 #include <array>
+#include <memory>
 
 #include "modelyard/policy.hpp"
-#include "policies/gap.hpp"
-#include "policies/lru.hpp"
+#include "policies/ensemble.hpp"
+#include "policies/expert.hpp"
+#include "policies/single.hpp"
 
 namespace modelyard {
 
 std::span<const std::string_view> policy_names() {
-  static constexpr std::array<std::string_view, 2> kNames{"gap", "lru"};
+  static constexpr std::array<std::string_view, 8> kNames{"ensemble", "learned", "next-use", "gap",
+                                                          "mix",      "decay",   "gdsf",     "lru"};
   return kNames;
 }
 
 std::unique_ptr<Policy> make_policy(std::string_view name) {
-  if (name == "gap") return std::make_unique<Gap>();
-  if (name == "lru") return std::make_unique<Lru>();
-  return nullptr;
+  const std::span<const std::string_view> experts(kExperts);
+  if (name == "ensemble") {
+    return std::make_unique<Ensemble>("ensemble", experts.first(experts.size() - 1));
+  }
+  if (name == "learned") return std::make_unique<Ensemble>("learned", experts);
+  std::unique_ptr<Expert> expert = make_expert(name);
+  return expert == nullptr ? nullptr : std::make_unique<Single>(std::move(expert));
 }
 
 }  // namespace modelyard
