@@ -7,7 +7,8 @@ The server asks a runtime three things, in this order:
     load    Bring the weights onto one device, or in parts onto several. Runs in a thread of the
             engine, one load a home device at a time, but several devices at once: what a library
             cannot do from two threads, its runtime does under a lock of its own.
-    run     Answer a batch. Runs on the home device's lane, one at a time.
+    run     Answer a request, or several that came at the same time and may share a run. Runs on the
+            home device's lane, one at a time.
 
 A runtime is stateless but for caches it can rebuild. A loaded model owns its weights and nothing
 else owns them: after close() and when the caller has dropped the object, the memory is back. The
@@ -16,22 +17,27 @@ engine checks that, by the witnesses.
 
 from __future__ import annotations
 
+import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from modelyard_server.runtimes.targets import Place, Structure
 from modelyard_server.runtimes.tensors import TensorValue
+from modelyard_server.weights.activation_model import ActivationPoint, RunEstimate
 
 __all__ = [
     "JsonValue",
+    "KeptWeights",
     "LoadCancelled",
+    "LoadSource",
     "LoadedModel",
     "ModelFilesError",
     "ModelSpec",
     "OptionError",
+    "Prepared",
     "Price",
     "Runtime",
     "StopCheck",
@@ -83,6 +89,8 @@ class Price:
             itself or with others who have the same one; a load in parts holds copies of its own.
         activation_bytes: most that a run takes beside the weights, on the home device; predicted.
             0 if nobody knows.
+        runs: what runs of all batches take, for measurements to correct; None for a runtime that
+            measures none.
     """
 
     resting_bytes: int
@@ -90,6 +98,7 @@ class Price:
     structure: Structure | None = None
     shared: Mapping[str, int] = field(default_factory=dict)
     activation_bytes: int = 0
+    runs: RunEstimate | None = None
 
 
 class OptionError(ValueError):
@@ -140,6 +149,83 @@ class Witness:
     reference: Callable[[], Any]
 
 
+class LoadSource(enum.Enum):
+    """Where a load had the weights from: each has a price of its own."""
+
+    STORAGE = "storage"
+    """Files, some of which the machine had to read."""
+    PAGE_CACHE = "page cache"
+    """Files that the machine had in memory."""
+    COPY = "copy"
+    """A copy that was kept in host memory when the model left its device; what little such a copy
+    does not have may have come from files."""
+
+
+class KeptWeights(ABC):
+    """A copy of a model's weights in host memory, from which it can be loaded again.
+
+    Loads that want the same tensors find it by themselves. What copies have in common they hold
+    once. Thread-safe.
+    """
+
+    @property
+    @abstractmethod
+    def own_bytes(self) -> int:
+        """What it holds beside `shared`, with what is lost between tensors."""
+
+    @property
+    @abstractmethod
+    def shared(self) -> Mapping[str, int]:
+        """The tensors that it may hold together with other copies: bytes by identity.
+
+        The same ones as in LoadedModel.shared_bytes of its model.
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Lets go of it; a second call does nothing. No load begins to use it after that."""
+
+    @property
+    @abstractmethod
+    def is_held(self) -> bool:
+        """True while any of its memory that is not another copy's is there.
+
+        Always before release, and after it as long as a load reads from it.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request that was checked and can share a run with others: what is known before it runs.
+
+    Attributes:
+        key: requests of one model share a run only if these are equal.
+        rows: of its inputs, at least 1.
+        width: length of its longest row, in tokens or what else shorter rows are padded by; 1 where
+            nothing is padded.
+        row_bytes: of the inputs of a row of that width.
+        most_rows: most rows of a run that others share; more of its own it may have.
+        pass_cost: rows times width that take as long to compute as a pass takes beside its rows.
+            Padding that costs more than that is worth a pass of its own.
+        content: what the model has made of it; nobody else's business.
+
+    Raises:
+        ValueError: no rows, or none that are allowed.
+    """
+
+    key: Hashable
+    rows: int
+    width: int = 1
+    row_bytes: int = 0
+    most_rows: int
+    pass_cost: int = 0
+    content: Any
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.most_rows < 1:
+            raise ValueError("a request that can share a run has at least 1 row")
+
+
 class LoadedModel(ABC):
     """A model whose weights are in memory."""
 
@@ -166,6 +252,51 @@ class LoadedModel(ABC):
             Exception: anything else is the model's failure.
         """
 
+    def prepare(
+        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
+    ) -> Prepared | None:
+        """Checks a request and makes it ready to share a run with others.
+
+        Called on the lane, where runs are. Whatever it raises is the outcome of this request alone.
+
+        Args:
+            inputs: as for run.
+            parameters: as for run.
+
+        Returns:
+            None if it cannot share one: it is to be answered by run.
+
+        Raises:
+            TensorError: as for run.
+            OptionError: as for run.
+        """
+        return None
+
+    def run_batch(self, requests: Sequence[Prepared]) -> Sequence[tuple[TensorValue, ...]]:
+        """Answers several requests in one run.
+
+        If it raises, each of them is run alone: what is wrong with one of them is no matter of the
+        others. So it must be possible to run a request again.
+
+        Args:
+            requests: at least one that prepare has returned, with equal keys.
+
+        Returns:
+            The outputs of each, in order, as run would have answered but for rounding.
+
+        Raises:
+            Exception: the model's failure.
+        """
+        raise NotImplementedError
+
+    def take_measured(self) -> Sequence[ActivationPoint]:
+        """What runs took beside the weights, on the home device, as far as they were measured.
+
+        Only of runs that gave an answer, and each is told once. Mostly there is nothing: one run
+        stands for all that are alike. May be called while the model runs.
+        """
+        return ()
+
     @abstractmethod
     def measured_bytes(self) -> Mapping[int, int]:
         """Bytes the model holds now, by position of the device.
@@ -180,6 +311,24 @@ class LoadedModel(ABC):
         All of its price's `shared` on one device if the whole model is there, else nothing.
         """
         return {}
+
+    @property
+    def source(self) -> LoadSource:
+        """Where its weights came from when it was loaded."""
+        return LoadSource.STORAGE
+
+    def keep(self) -> KeptWeights | None:
+        """Copies its weights to host memory, for loads to come. Changes nothing about the model.
+
+        Called before close, when nothing runs on it any more.
+
+        Returns:
+            The copy; None if none of its weights could be loaded from one.
+
+        Raises:
+            MemoryError: there is no memory. Nothing is held then.
+        """
+        return None
 
     @abstractmethod
     def witnesses(self) -> tuple[Witness, ...]:

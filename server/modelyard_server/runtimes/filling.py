@@ -18,6 +18,7 @@ from modelyard_server.runtimes.model_weights import HeldWeights, ModelWeights
 from modelyard_server.runtimes.targets import Place, Structure
 from modelyard_server.weights.dispatch import check_disk, dispatch
 from modelyard_server.weights.mapping import MappedCheckpoint, map_checkpoint
+from modelyard_server.weights.origin import NOWHERE, Origin
 from modelyard_server.weights.storages import Spread
 from modelyard_server.weights.stored import StoredModel
 from modelyard_server.weights.templates import ModuleTemplate
@@ -63,6 +64,7 @@ def clone(
     *,
     place: Place,
     stop: StopCheck,
+    origin: Origin = NOWHERE,
 ) -> tuple[Any, Spread, HeldWeights]:
     """Makes a whole model of a template.
 
@@ -72,6 +74,7 @@ def clone(
         weights: where they come from.
         place: a whole target.
         stop: asked between steps.
+        origin: where that came from which was loaded for it before.
 
     Returns:
         The module, where its tensors are, and what it holds; the caller releases that.
@@ -85,16 +88,17 @@ def clone(
     try:
         if template.copied:
             read = weights.take(stored, template.copied, place=place, stop=stop)
+            origin += read.origin
             try:
-                module = template.make(holding.tensors, read.tensors, device=place.home)
+                module = template.make(holding.bases(), read.bases(), device=place.home)
             finally:
                 read.release()
         else:
-            module = template.make(holding.tensors, {}, device=place.home)
+            module = template.make(holding.bases(), {}, device=place.home)
         if place.home != "cpu":
             # All is there already. Some modules keep more than tensors, and move that here.
             module.to(place.home)
-        held = HeldWeights(holding, home=home, shared=filling.shared)
+        held = HeldWeights(holding, home=home, shared=filling.shared, origin=origin)
     except BaseException:
         holding.release()
         raise
@@ -127,7 +131,7 @@ def settle(
     place: Place,
     lists_are_chains: bool,
     stop: StopCheck,
-) -> tuple[Spread, HeldWeights | None]:
+) -> tuple[Spread, HeldWeights]:
     """Puts a module that lies over its mapped file onto its devices.
 
     Args:
@@ -140,16 +144,14 @@ def settle(
         stop: asked between steps.
 
     Returns:
-        Where its tensors are; and what it holds, which the caller releases, or None if it shares
-        nothing.
+        Where its tensors are; and what it holds together with others, be it nothing, which the
+        caller releases.
 
     Raises:
         ModelFilesError: the files are not those whose headers were read.
         LoadCancelled: stop said so.
     """
-    held = None
-    if place.target.is_whole:
-        held = _adopt(module, mapped.tensors, filling, weights, place=place, stop=stop)
+    held = _adopt(module, mapped, filling, weights, place=place, stop=stop)
     mapped.tensors.clear()
     try:
         spread = dispatch(
@@ -165,8 +167,7 @@ def settle(
             stop=stop,
         )
     except BaseException:
-        if held is not None:
-            held.release()
+        held.release()
         raise
     return spread, held
 
@@ -193,31 +194,30 @@ def shared_of(
 
 def _adopt(
     module: torch.nn.Module,
-    mapped: Mapping[str, torch.Tensor],
+    mapped: MappedCheckpoint,
     filling: Filling,
     weights: ModelWeights,
     *,
     place: Place,
     stop: StopCheck,
-) -> HeldWeights | None:
-    """Moves a module onto the tensors that its price calls shared."""
+) -> HeldWeights:
+    """Moves a whole module onto the tensors that its price calls shared; one in parts has none."""
     headers = filling.stored.checkpoint.tensors
     names = {
         name: paths
         for name, paths in filling.parameters.items()
-        if headers[name].identity in filling.shared
+        if place.target.is_whole and headers[name].identity in filling.shared
     }
-    if not names:
-        return None
     holding = weights.take(filling.stored, names, place=place, stop=stop)
     try:
         parameters = dict(module.named_parameters(remove_duplicate=False))
         for name, paths in names.items():
             for path in paths:
                 parameter = parameters.get(path)
-                if parameter is not None and _is_same(parameter, mapped[name]):
+                if parameter is not None and _is_same(parameter, mapped.tensors[name]):
                     _replace(module, path, parameter, holding.tensors[name])
-        return HeldWeights(holding, home=place.target.home, shared=filling.shared)
+        shared = filling.shared if place.target.is_whole else {}
+        return HeldWeights(holding, home=place.target.home, shared=shared, origin=mapped.origin)
     except BaseException:
         holding.release()
         raise

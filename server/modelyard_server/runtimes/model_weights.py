@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from modelyard_server.runtimes.api import ModelSpec, StopCheck, Witness
+from modelyard_server.runtimes.api import (
+    KeptWeights,
+    LoadSource,
+    ModelSpec,
+    StopCheck,
+    Witness,
+)
 from modelyard_server.runtimes.targets import Place
 from modelyard_server.weights.model_files import folder_of
+from modelyard_server.weights.origin import NOWHERE, Origin
 from modelyard_server.weights.store import WeightStore, in_place
 from modelyard_server.weights.stored import StoredModel
 
@@ -89,14 +97,21 @@ class HeldWeights:
         holding: its tensors; a module hangs over their memory.
         home: position of their device.
         shared: bytes by identity of those that the model's price calls shared.
+        origin: where that came from which was loaded beside the holding.
     """
 
-    def __init__(self, holding: Holding, *, home: int, shared: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        holding: Holding,
+        *,
+        home: int,
+        shared: Mapping[str, int],
+        origin: Origin = NOWHERE,
+    ) -> None:
         self._holding = holding
         self._home = home
         self._shared = shared
-        self._addresses = frozenset(tensor.data_ptr() for tensor in holding.tensors.values())
-        self._size_bytes = sum(tensor.nbytes for tensor in holding.tensors.values())
+        self._source = (holding.origin + origin).source
 
     def measured_bytes(self, module: torch.nn.Module, spread: Spread) -> dict[int, int]:
         """Bytes that a model over these tensors holds, by position; see LoadedModel.
@@ -104,13 +119,30 @@ class HeldWeights:
         Of what is held here the tensors count, not the storages: those of a slab are all one. What
         lies between them is the allocator's, like all that it rounds up.
         """
-        sizes = spread.measured_bytes(module, aside=self._addresses)
-        sizes[self._home] += self._size_bytes
+        addresses, size_bytes = self._held
+        sizes = spread.measured_bytes(module, aside=addresses)
+        sizes[self._home] += size_bytes
         return sizes
+
+    @cached_property
+    def _held(self) -> tuple[frozenset[int], int]:
+        """Where the tensors are, and their bytes."""
+        tensors = self._holding.bases().values()
+        addresses = frozenset(tensor.data_ptr() for tensor in tensors)
+        return addresses, sum(tensor.nbytes for tensor in tensors)
 
     def shared_bytes(self) -> dict[int, dict[str, int]]:
         """See LoadedModel."""
         return {self._home: dict(self._shared)} if self._shared else {}
+
+    @property
+    def source(self) -> LoadSource:
+        """See LoadedModel."""
+        return self._source
+
+    def keep(self) -> KeptWeights | None:
+        """See LoadedModel."""
+        return self._holding.keep(self._shared)
 
     def witnesses(self) -> tuple[Witness, ...]:
         """Weak references to the allocations that it has tensors in; see LoadedModel.

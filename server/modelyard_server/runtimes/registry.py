@@ -34,7 +34,8 @@ def make_runtimes(
         store: has the models' files; None: they are read where they lie.
         pool: holds what models share, or gives it when it is first needed; None: one for all
             runtimes, which nobody else sees.
-        predicts_runs: prices say what runs take as well, where the runtime can tell.
+        predicts_runs: prices say what runs take as well, where the runtime can tell, and first runs
+            are measured to correct that.
 
     Returns:
         The runtimes by their names.
@@ -50,6 +51,7 @@ def make_runtimes(
             construction_lock=construction,
             store=store,
             pool=pool,
+            measures_runs=predicts_runs,
         ),
         TransformersRuntime(
             construction_lock=construction, store=store, pool=pool, predicts_runs=predicts_runs

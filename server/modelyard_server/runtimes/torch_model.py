@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from modelyard_server.runtimes.api import JsonValue, LoadedModel, OptionError, Witness
+from modelyard_server.runtimes.api import (
+    JsonValue,
+    KeptWeights,
+    LoadedModel,
+    LoadSource,
+    OptionError,
+    Prepared,
+    Witness,
+)
+from modelyard_server.runtimes.batches import RowsLost, split_rows
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.tensors import TensorError, TensorValue
 
@@ -14,9 +26,15 @@ if TYPE_CHECKING:
     import torch
 
     from modelyard_server.runtimes.model_weights import HeldWeights
+    from modelyard_server.weights.activation_model import ActivationPoint
+    from modelyard_server.weights.first_runs import FirstRuns
+    from modelyard_server.weights.run_meter import RunMeter
     from modelyard_server.weights.storages import Spread
 
 __all__ = ["TorchModel", "check_parameters", "input_names"]
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_parameters(parameters: Mapping[str, JsonValue]) -> None:
@@ -54,6 +72,22 @@ def input_names(inputs: Sequence[TensorValue], names: tuple[str, ...] | None) ->
     return found
 
 
+def _joined(requests: Sequence[Sequence[TensorValue]]) -> tuple[TensorValue, ...]:
+    """Inputs whose rows are those of all requests, in order. All are of the same kind."""
+    joined = []
+    for values in zip(*requests, strict=True):
+        first = values[0]
+        joined.append(
+            TensorValue(
+                name=first.name,
+                dtype=first.dtype,
+                shape=(sum(value.shape[0] for value in values), *first.shape[1:]),
+                data=b"".join(value.data for value in values),
+            )
+        )
+    return tuple(joined)
+
+
 class TorchModel(LoadedModel):
     """A module of a factory.
 
@@ -63,6 +97,7 @@ class TorchModel(LoadedModel):
         inputs: names of the inputs; None: what forward takes.
         outputs: names of the outputs; None: what they are called in the answer, or by number.
         weights: what it holds together with others; close releases it.
+        most_rows: of a run that requests share; None: each has its own.
     """
 
     def __init__(
@@ -72,6 +107,8 @@ class TorchModel(LoadedModel):
         inputs: tuple[str, ...] | None,
         outputs: tuple[str, ...] | None,
         weights: HeldWeights | None,
+        *,
+        most_rows: int | None = None,
     ) -> None:
         self._module: torch.nn.Module | None = module
         self._spread = spread
@@ -79,6 +116,8 @@ class TorchModel(LoadedModel):
         self._inputs = inputs
         self._outputs = outputs
         self._signature = inspect.signature(module.forward)
+        self._meter: RunMeter | None = None
+        self._most_rows = most_rows
 
     def run(
         self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
@@ -88,11 +127,70 @@ class TorchModel(LoadedModel):
 
         try:
             check_parameters(parameters)
-            with torch.inference_mode():
+            with torch.inference_mode(), self._measuring(inputs):
                 return self._answer(inputs)
         except BaseException as error:
             forget_frames(error)
             raise
+
+    def prepare(
+        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
+    ) -> Prepared | None:
+        """Checks names and types, if requests may share a run and this one has rows to share it."""
+        if self._most_rows is None:
+            return None
+        check_parameters(parameters)
+        names = input_names(inputs, self._inputs)
+        counts = {value.shape[0] if value.shape else 0 for value in inputs}
+        if len(counts) != 1 or 0 in counts:
+            return None
+        for value in inputs:
+            if not value.dtype.item_size:
+                raise TensorError(value.name, f"is {value.dtype.value}; the model takes numbers")
+        (rows,) = counts
+        return Prepared(
+            key=tuple(
+                (name, value.dtype, value.shape[1:])
+                for name, value in zip(names, inputs, strict=True)
+            ),
+            rows=rows,
+            row_bytes=sum(len(value.data) for value in inputs) // rows,
+            most_rows=self._most_rows,
+            content=tuple(inputs),
+        )
+
+    def run_batch(self, requests: Sequence[Prepared]) -> Sequence[tuple[TensorValue, ...]]:
+        """Answers requests together: with the module's answer to all of their rows."""
+        if len(requests) == 1:
+            return (self.run(requests[0].content, {}),)
+        try:
+            outputs = self.run(_joined([request.content for request in requests]), {})
+            return split_rows(outputs, [request.rows for request in requests])
+        except RowsLost as error:
+            # It will not do better another time; from now on each request has its own run.
+            self._most_rows = None
+            logger.warning("a torch model cannot share runs although batch = true: %s", error)
+            raise
+
+    def measure(self, first_runs: FirstRuns) -> None:
+        """Has the first run of each bucket measured; before the first run of all.
+
+        A bucket is one of rows, by the first input's first dimension, and of elements a row.
+        """
+        from modelyard_server.weights.run_meter import RunMeter
+
+        self._meter = RunMeter(first_runs, self._spread.home_name)
+
+    def take_measured(self) -> Sequence[ActivationPoint]:
+        """What runs took beside the weights, as far as they were measured; each is told once."""
+        return () if self._meter is None else self._meter.take()
+
+    def _measuring(self, inputs: Sequence[TensorValue]) -> AbstractContextManager[None]:
+        if self._meter is None:
+            return nullcontext()
+        rows = max(1, inputs[0].shape[0]) if inputs[0].shape else 1
+        elements = sum(math.prod(value.shape) for value in inputs)
+        return self._meter.run_of_one_pass(rows, max(1, -(-elements // rows)))
 
     def _answer(self, inputs: Sequence[TensorValue]) -> tuple[TensorValue, ...]:
         from modelyard_server.runtimes.conversion import to_torch, to_value
@@ -161,6 +259,15 @@ class TorchModel(LoadedModel):
     def shared_bytes(self) -> Mapping[int, Mapping[str, int]]:
         """What it holds together with others, by device and identity."""
         return {} if self._weights is None else self._weights.shared_bytes()
+
+    @property
+    def source(self) -> LoadSource:
+        """Where its weights came from; known until it is closed."""
+        return LoadSource.STORAGE if self._weights is None else self._weights.source
+
+    def keep(self) -> KeptWeights | None:
+        """Copies to host memory what it holds together with others, for loads to come."""
+        return None if self._weights is None else self._weights.keep()
 
     def witnesses(self) -> tuple[Witness, ...]:
         """Weak references to the module, its parameters and its buffers."""

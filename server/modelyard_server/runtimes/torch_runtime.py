@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import logging
@@ -28,16 +29,20 @@ from modelyard_server.runtimes.targets import Place
 from modelyard_server.runtimes.template_cache import TemplateCache, tensors_digest
 from modelyard_server.runtimes.tensors import TensorValue
 from modelyard_server.runtimes.torch_model import TorchModel, check_parameters, input_names
+from modelyard_server.weights.activation_model import RunEstimate
+from modelyard_server.weights.first_runs import FirstRuns
 from modelyard_server.weights.model_files import shown
+from modelyard_server.weights.origin import NOWHERE
 from modelyard_server.weights.store.recent import Recent
 
 if TYPE_CHECKING:
     import torch
 
     from modelyard_server.runtimes.filling import Filling
-    from modelyard_server.runtimes.model_weights import PoolSource
+    from modelyard_server.runtimes.model_weights import HeldWeights, PoolSource
     from modelyard_server.runtimes.torch_layouts import Layout
     from modelyard_server.weights.holding import WeightPool
+    from modelyard_server.weights.storages import Spread
     from modelyard_server.weights.store import WeightStore
     from modelyard_server.weights.templates import ModuleTemplate
 
@@ -48,6 +53,8 @@ logger = logging.getLogger(__name__)
 _MAX_NAMES = 64
 _CACHED = 64
 _MAX_PLANS = 512
+_DEFAULT_BATCH_SIZE = 32
+_MAX_BATCH_SIZE = 4_096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +63,7 @@ class _Options:
     factory_options: dict[str, JsonValue]
     inputs: tuple[str, ...] | None
     outputs: tuple[str, ...] | None
+    most_rows: int | None
 
     @property
     def key(self) -> str:
@@ -97,12 +105,18 @@ class TorchRuntime(Runtime):
         inputs: names of the inputs; default: what forward takes.
         outputs: names of the outputs; default: the keys of a dict, else output_0, output_1, ...
             Of a dict they choose and order.
+        batch: true if requests may share a run. Then the module must do with each row of its
+            inputs, the first dimension of all of them, what it would do without the others, and
+            give each output a row for each. Default false.
+        batch_size: most rows of such a run, default 32.
 
     Args:
         allowed_factories: "module:function" of what may be called.
         construction_lock: of all runtimes whose models are built from this process's classes.
         store: has the models; None: they are read where they lie.
         pool: holds what models share, or gives it; None: one of its own.
+        measures_runs: the first runs of each module are measured. Nothing is predicted: what a
+            factory's module takes for inputs is not known before they come.
     """
 
     def __init__(
@@ -112,6 +126,7 @@ class TorchRuntime(Runtime):
         construction_lock: threading.Lock | None = None,
         store: WeightStore | None = None,
         pool: WeightPool | PoolSource | None = None,
+        measures_runs: bool = False,
     ) -> None:
         self._allowed_factories = allowed_factories
         self._construction_lock = construction_lock or threading.Lock()
@@ -119,6 +134,8 @@ class TorchRuntime(Runtime):
         self._layouts: Recent[str, Layout] = Recent(_CACHED)
         self._plans: Recent[Hashable, _Plan] = Recent(_MAX_PLANS)
         self._templates = TemplateCache()
+        self._measures_runs = measures_runs
+        self._first_runs: Recent[Hashable, FirstRuns] = Recent(_MAX_PLANS)
 
     @property
     def name(self) -> str:
@@ -172,13 +189,21 @@ class TorchRuntime(Runtime):
         factory_options = reader.table("factory_options")
         inputs = reader.texts("inputs", limit=_MAX_NAMES)
         outputs = reader.texts("outputs", limit=_MAX_NAMES)
+        batch = reader.flag("batch", False)
+        batch_size = reader.integer("batch_size", None, low=1, high=_MAX_BATCH_SIZE)
         reader.finish()
+        if batch_size is not None and not batch:
+            raise OptionError("batch_size", "is of no use without batch = true")
         if factory is None:
             raise OptionError("factory", 'is required, for instance "package.module:function"')
         if factory not in self._allowed_factories:
             raise OptionError("factory", "is not among the factories that the configuration allows")
         return _Options(
-            factory=factory, factory_options=factory_options, inputs=inputs, outputs=outputs
+            factory=factory,
+            factory_options=factory_options,
+            inputs=inputs,
+            outputs=outputs,
+            most_rows=(batch_size or _DEFAULT_BATCH_SIZE) if batch else None,
         )
 
     def _plan(
@@ -197,6 +222,7 @@ class TorchRuntime(Runtime):
         structure, filed = structure_of(layout, stored.checkpoint)
         resting = structure.size_bytes
         shared = shared_of(structure, filed, stored)
+        key = (options.key, tensors_digest(stored.checkpoint))
         plan = _Plan(
             layout=layout,
             filling=Filling(stored=stored, structure=structure, filed=filed, shared=shared),
@@ -205,8 +231,9 @@ class TorchRuntime(Runtime):
                 peak_bytes=resting + layout.built_bytes,
                 structure=structure,
                 shared=shared,
+                runs=RunEstimate(key=_key_of_runs(key)) if self._measures_runs else None,
             ),
-            key=(options.key, tensors_digest(stored.checkpoint)),
+            key=key,
         )
         self._plans.put(content, plan)
         return plan
@@ -226,7 +253,7 @@ class TorchRuntime(Runtime):
 
         options = self._read_options(spec)
         plan = self._plan(spec, options, stop=stop)
-        filling = plan.filling
+        filling, origin = plan.filling, NOWHERE
         _check_stop(stop)
         known, template = self._templates.find(plan.key)
         if template is None or not place.target.is_whole:
@@ -250,12 +277,30 @@ class TorchRuntime(Runtime):
                     lists_are_chains=False,
                     stop=stop,
                 )
-                return TorchModel(module, spread, options.inputs, options.outputs, held)
+                return self._made(plan, options, module, spread, held)
+            origin = mapped.origin
             # What was loaded to learn from makes room for what is loaded to stay.
             del module, mapped
         _check_stop(stop)
-        module, spread, held = clone(template, filling, self._weights, place=place, stop=stop)
-        return TorchModel(module, spread, options.inputs, options.outputs, held)
+        module, spread, held = clone(
+            template, filling, self._weights, place=place, stop=stop, origin=origin
+        )
+        return self._made(plan, options, module, spread, held)
+
+    def _made(
+        self,
+        plan: _Plan,
+        options: _Options,
+        module: torch.nn.Module,
+        spread: Spread,
+        held: HeldWeights | None,
+    ) -> TorchModel:
+        made = TorchModel(
+            module, spread, options.inputs, options.outputs, held, most_rows=options.most_rows
+        )
+        if self._measures_runs:
+            made.measure(self._first_runs.setdefault(plan.key, FirstRuns()))
+        return made
 
     def _built(
         self,
@@ -282,6 +327,10 @@ class TorchRuntime(Runtime):
         except RuntimeError as error:
             raise ModelFilesError("the weights do not fit the factory's module") from error
         return module
+
+
+def _key_of_runs(key: Hashable) -> str:
+    return f"torch:{hashlib.sha256(repr(key).encode()).hexdigest()}"
 
 
 def _template_of(

@@ -20,7 +20,13 @@ from itertools import combinations
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-__all__ = ["MAX_CORRECTION", "ActivationModel", "ActivationPoint"]
+__all__ = [
+    "MAX_CORRECTION",
+    "ActivationModel",
+    "ActivationPoint",
+    "RunEstimate",
+    "bucket_of",
+]
 
 MAX_CORRECTION: Final = 4
 """Most by which one batch's measurement raises what is said of other batches."""
@@ -45,8 +51,7 @@ class ActivationModel:
     """Bytes of a run by rows and tokens a row. Immutable: a correction is another model.
 
     What it says never falls when rows or tokens are added, and is never below what it was made from
-    or what was measured in the same bucket. A bucket is all batches whose rows and tokens have the
-    same next powers of two, so there are few however many batches there are.
+    or what was measured in the same bucket; see bucket_of.
 
     Attributes:
         base: a, bytes of any run.
@@ -85,6 +90,11 @@ class ActivationModel:
         missing = max(point.size_bytes - fitted._fitted(*point[:2]) for point in points)
         return replace(fitted, base=base + max(missing, Fraction(0)))
 
+    @classmethod
+    def unknown(cls) -> ActivationModel:
+        """The model that says 0 of everything until something is measured."""
+        return cls(base=Fraction(0), per_token=Fraction(0), per_pair=Fraction(0))
+
     def predict(self, batch: int, length: int) -> int:
         """Says what a run takes, in bytes.
 
@@ -96,7 +106,7 @@ class ActivationModel:
             ValueError: there is no such batch.
         """
         _check(ActivationPoint(batch, length, 0))
-        rows, tokens = _bucket(batch, length)
+        rows, tokens = bucket_of(batch, length)
         measured = max(
             (
                 size_bytes
@@ -121,7 +131,7 @@ class ActivationModel:
             ValueError: there is no such batch.
         """
         _check(ActivationPoint(batch, length, measured_bytes))
-        bucket = _bucket(batch, length)
+        bucket = bucket_of(batch, length)
         known = max(measured_bytes, self.measured.get(bucket, -1))
         correction = max(self.correction, self._correction_for(batch, length, measured_bytes))
         if correction == self.correction and known == self.measured.get(bucket):
@@ -140,6 +150,29 @@ class ActivationModel:
         return min(ratio, Fraction(MAX_CORRECTION))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEstimate:
+    """What is known of a model's runs before the first of them. Plain data.
+
+    Attributes:
+        key: the same for models whose runs take the same, so that one's measurements count for all
+            of them; empty for a model that is like no other.
+        model: of all batches; one that knows nothing if nothing could be predicted.
+        largest_batch: rows of the largest batch, at least 1.
+        largest_length: its tokens a row, at least 1.
+    """
+
+    key: str = ""
+    model: ActivationModel = field(default_factory=ActivationModel.unknown)
+    largest_batch: int = 1
+    largest_length: int = 1
+
+    @property
+    def size_bytes(self) -> int:
+        """What the largest batch takes; 0 if nobody knows."""
+        return self.model.predict(self.largest_batch, self.largest_length)
+
+
 def _check(point: ActivationPoint) -> None:
     if point.batch < 1 or point.length < 1 or point.size_bytes < 0:
         raise ValueError(
@@ -147,7 +180,15 @@ def _check(point: ActivationPoint) -> None:
         )
 
 
-def _bucket(batch: int, length: int) -> tuple[int, int]:
+def bucket_of(batch: int, length: int) -> tuple[int, int]:
+    """The bucket of a batch: of all whose rows and tokens have the same next powers of two.
+
+    There are few of them, however many batches there are.
+
+    Args:
+        batch: rows, at least 1.
+        length: tokens a row, at least 1.
+    """
     return (batch - 1).bit_length(), (length - 1).bit_length()
 
 

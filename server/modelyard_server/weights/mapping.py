@@ -22,8 +22,14 @@ import torch
 
 from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError, StopCheck
 from modelyard_server.weights.model_files import FolderLike, OpenFile, open_model_file
-from modelyard_server.weights.pages import advise
-from modelyard_server.weights.safetensors_files import Checkpoint, FileHeader, TensorHeader
+from modelyard_server.weights.origin import NOWHERE, Origin
+from modelyard_server.weights.pages import advise, uncached
+from modelyard_server.weights.safetensors_files import (
+    ITEM_SIZES,
+    Checkpoint,
+    FileHeader,
+    TensorHeader,
+)
 
 __all__ = [
     "TORCH_DTYPES",
@@ -33,6 +39,7 @@ __all__ = [
     "joined",
     "map_checkpoint",
     "map_file",
+    "map_opened",
     "mapped_as_filed",
     "open_checked",
     "populate",
@@ -98,10 +105,12 @@ class MappedCheckpoint:
         tensors: all of them by name.
         extents: where those lie that are in a mapping, by name: all that mapped_as_filed names and
             that are not empty.
+        origin: where the pages were that have been read.
     """
 
     tensors: dict[str, torch.Tensor]
     extents: dict[str, Extent]
+    origin: Origin = NOWHERE
 
 
 def map_checkpoint(
@@ -126,9 +135,10 @@ def map_checkpoint(
         LoadCancelled: stop said so.
     """
     mapped = MappedCheckpoint(tensors={}, extents={})
+    origin = NOWHERE
     for header in checkpoint.files:
-        _map_file(folder, header, stop, on_disk, mapped)
-    return mapped
+        origin += _map_file(folder, header, stop, on_disk, mapped)
+    return replace(mapped, origin=origin)
 
 
 def mapped_as_filed(checkpoint: Checkpoint) -> frozenset[str]:
@@ -167,15 +177,24 @@ def map_file(folder: FolderLike, header: FileHeader) -> mmap.mmap:
         ModelFilesError: it is another file now, or cannot be mapped.
     """
     with open_checked(folder, header) as file:
-        try:
-            return mmap.mmap(file.descriptor, file.size_bytes, access=mmap.ACCESS_COPY)
-        except OSError:
-            raise ModelFilesError(f"{header.name} cannot be mapped", transient=True) from None
+        return map_opened(file, header)
+
+
+def map_opened(file: OpenFile, header: FileHeader) -> mmap.mmap:
+    """The same of a file that is open.
+
+    Raises:
+        ModelFilesError: it cannot be mapped.
+    """
+    try:
+        return mmap.mmap(file.descriptor, file.size_bytes, access=mmap.ACCESS_COPY)
+    except OSError:
+        raise ModelFilesError(f"{header.name} cannot be mapped", transient=True) from None
 
 
 def is_aligned(header: FileHeader, tensor: TensorHeader) -> bool:
     """True if a tensor lies in the mapped file where the processor can use it."""
-    return (header.data_start + tensor.begin) % TORCH_DTYPES[tensor.dtype].itemsize == 0
+    return (header.data_start + tensor.begin) % ITEM_SIZES[tensor.dtype] == 0
 
 
 def joined(extents: Iterable[Extent]) -> tuple[Extent, ...]:
@@ -234,7 +253,7 @@ def _map_file(
     stop: StopCheck,
     on_disk: frozenset[str],
     mapped: MappedCheckpoint,
-) -> None:
+) -> Origin:
     mapping = map_file(folder, header)
     extents = {}
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -248,7 +267,9 @@ def _map_file(
                 size_bytes=tensor.size_bytes,
                 address=whole.data_ptr() + start,
             )
-    populate(joined(extent for name, extent in extents.items() if name not in on_disk), stop=stop)
+    wanted = joined(extent for name, extent in extents.items() if name not in on_disk)
+    origin = _origin(folder, header, wanted)
+    populate(wanted, stop=stop)
     for tensor in header.tensors:
         dtype = TORCH_DTYPES[tensor.dtype]
         extent = extents.get(tensor.name)
@@ -265,6 +286,18 @@ def _map_file(
                 raw = raw.clone()
             value = raw.view(dtype).view(tensor.shape)
         mapped.tensors[tensor.name] = value
+    return origin
+
+
+def _origin(folder: FolderLike, header: FileHeader, extents: Iterable[Extent]) -> Origin:
+    """Where extents of a file are before they are read."""
+    file_bytes = missing_bytes = 0
+    with open_checked(folder, header) as file:
+        for extent in extents:
+            file_bytes += extent.size_bytes
+            pieces = uncached(file.descriptor, extent.start, extent.size_bytes)
+            missing_bytes += sum(size_bytes for _, size_bytes in pieces)
+    return Origin(file_bytes=file_bytes, missing_bytes=missing_bytes)
 
 
 def _populate(base: int, name: str, first: int, end: int, stop: StopCheck) -> None:

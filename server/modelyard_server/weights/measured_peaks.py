@@ -1,15 +1,15 @@
-"""What a run really took beside the weights, measured while it serves.
+"""What a pass really took beside the weights, by whoever knows.
 
-On an accelerator the allocator keeps the figure anyway, and asking it costs microseconds: every run
-can be measured. Of host memory torch keeps none. Its profiler does, but it is the process's, writes
-to standard error and makes a record of every block; so the operations are followed instead, which
-costs some tens of microseconds each (measured: 8 ms for 300 of them). That is for the first run of
-each bucket of batches, which FirstRuns picks out.
+On an accelerator the allocator keeps the figure anyway, and asking it costs microseconds. But it is
+the process's: what others load there meanwhile counts as well, so it is for those who are alone.
+Of host memory torch keeps none. Its profiler does, but it is the process's too, writes to standard
+error and makes a record of every block; so the operations are followed instead, which costs some
+tens of microseconds each (measured: 8 ms for 300 of them). How it is done while a server serves is
+in run_meter.py.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 
 from modelyard_server.weights.storage_tracker import StorageTracker
 
-__all__ = ["FirstRuns", "MeasuredPeak", "measured_peak"]
+__all__ = ["MeasuredPeak", "measured_peak"]
 
 _HOST = frozenset({"cpu", "disk"})
 
@@ -66,30 +66,6 @@ def measured_peak(torch_device: str) -> Iterator[MeasuredPeak]:
     before = statistics.allocated(torch_device)
     yield peak
     peak.size_bytes = max(0, statistics.peak(torch_device) - before)
-
-
-class FirstRuns:
-    """Picks the first run of each bucket of batches, for measurements that are not for every run.
-
-    A bucket is all batches whose rows and tokens have the same next powers of two. Thread-safe.
-    """
-
-    def __init__(self) -> None:
-        self._seen: set[tuple[int, int]] = set()
-        self._lock = threading.Lock()
-
-    def take(self, batch: int, length: int) -> bool:
-        """True for the first batch of its bucket.
-
-        Args:
-            batch: rows, at least 1.
-            length: tokens a row, at least 1; 1 for what has no length.
-        """
-        bucket = ((batch - 1).bit_length(), (length - 1).bit_length())
-        with self._lock:
-            is_first = bucket not in self._seen
-            self._seen.add(bucket)
-        return is_first
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,22 @@ import ctypes
 import functools
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["advise", "are_cached", "seem_cached", "write_protect"]
+__all__ = [
+    "advise",
+    "are_cached",
+    "joined_ranges",
+    "seem_cached",
+    "uncached",
+    "write_protect",
+]
 
 _SAMPLED_BYTES = 4 << 20
 """Of so many, one page is looked at."""
+
+_PIECE_BYTES = 2 << 20
+"""What is looked at, and read, at once of a file that is in memory in part."""
 
 _SYS_CACHESTAT = 451
 """Linux 6.5; the same number on every architecture."""
@@ -103,6 +113,46 @@ def seem_cached(descriptor: int, start: int, size_bytes: int) -> bool:
         if call(_SYS_CACHESTAT, descriptor, *pointers, 0) or not found.cached:
             return False
     return True
+
+
+def uncached(descriptor: int, start: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """The pieces of a range of a file that the system has not in memory, or not all of.
+
+    A long range that seems to be there by a look here and there has none.
+
+    Args:
+        descriptor: of the open file.
+        start: first byte.
+        size_bytes: length of the range.
+
+    Yields:
+        First byte and length of each piece.
+    """
+    if seem_cached(descriptor, start, size_bytes):
+        return
+    for begin in range(start, start + size_bytes, _PIECE_BYTES):
+        piece_bytes = min(_PIECE_BYTES, start + size_bytes - begin)
+        if not are_cached(descriptor, begin, piece_bytes):
+            yield begin, piece_bytes
+
+
+def joined_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same ranges of bytes, from first to behind the last, in order; those that touch as one.
+
+    Ranges without bytes are left out.
+    """
+    merged: list[tuple[int, int]] = []
+    first = last = 0
+    for begin, end in sorted(ranges):
+        if begin > last:
+            if first < last:
+                merged.append((first, last))
+            first, last = begin, end
+        elif end > last:
+            last = end
+    if first < last:
+        merged.append((first, last))
+    return merged
 
 
 def write_protect(address: int, size_bytes: int) -> None:

@@ -48,6 +48,14 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes: dict[int, int] = {}
         self._references: dict[int, ref[torch.UntypedStorage]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: or the first operation would import torch's compiler, 1.8 s and 70 MB.
+
+        Asked by torch when the class is made.
+        """
+        return False
+
     def know(self, tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> None:
         """Says that these were there before, so that they do not count."""
         for tensor in tensors:
@@ -62,7 +70,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._left -= 1
         if _is_composite(func):
             with self:
-                result = func.decompose(*args, **kwargs)
+                result = self._decompose(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         self.know(_tensors(args))
@@ -71,6 +79,10 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _tensors(result):
             self._enter(tensor, counts=True)
         return result
+
+    def _decompose(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operation that is made of others, as these; or answers NotImplemented."""
+        return func.decompose(*args, **kwargs)
 
     def _enter(self, tensor: torch.Tensor, *, counts: bool) -> None:
         if tensor.layout is not torch.strided:

@@ -21,7 +21,8 @@ objects of the classes that the caller says can be. A module has no template eit
 - it has hooks or parametrizations, which do the like;
 - there is anything on it of which it is not known that it can be shared or copied.
 
-What is registered for reading and writing state dicts is left out of clones: nobody asks them.
+What is registered for reading and writing state dicts is left out of clones: nobody asks them. See
+clone_parts.py for how the modules of a clone are made.
 """
 
 from __future__ import annotations
@@ -29,12 +30,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
+from modelyard_server.weights.clone_parts import (
+    TREE,
+    Part,
+    Refusal,
+    attribute_of_all,
+    empty_kind,
+    fill_parts,
+    with_tree,
+)
 from modelyard_server.weights.shareable import is_constant, makes_itself
 
 __all__ = ["MAX_CONSTANT_BYTES", "ModuleTemplate", "Refusal", "make_template"]
@@ -43,32 +53,8 @@ MAX_CONSTANT_BYTES = 8 << 20
 """Most bytes of computed buffers that a template keeps; causal masks and rotary tables are less."""
 
 _MAX_DEPTH = 16
-_STATE_DICT_HOOKS = frozenset(
-    {
-        "_load_state_dict_post_hooks",
-        "_load_state_dict_pre_hooks",
-        "_state_dict_hooks",
-        "_state_dict_pre_hooks",
-    }
-)
-_CALL_HOOKS = frozenset(
-    {
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "_forward_hooks",
-        "_forward_hooks_always_called",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-    }
-)
-_TREE = frozenset({"_parameters", "_buffers", "_modules"})
 _LIBRARY_ATTRIBUTES = frozenset({"_is_hf_initialized"})
 """What transformers hangs on parameters while it loads them, and nothing reads afterwards."""
-
-
-class Refusal(Exception):
-    """A module has no template; the text says why, for the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,34 +85,6 @@ class _Seat:
     attributes: Mapping[str, Any] | None = None
 
 
-_Slots = tuple[type[Any], tuple[str, ...], tuple[int, ...]]
-
-_NOTHING = -1
-"""The place of None: the last one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """A module of the tree.
-
-    Attributes:
-        kind: its class.
-        shared: attributes that all clones share, by name.
-        own: attributes that each clone has its own of: name and place in the list.
-        registries: names of its empty registries of hooks.
-        parameters, buffers: kind of the dict, its names, and each one's place in the list.
-        children: kind of the dict, its names, and each one's place in the list of modules.
-    """
-
-    kind: type[torch.nn.Module]
-    shared: dict[str, Any]
-    own: tuple[tuple[str, int], ...]
-    registries: tuple[str, ...]
-    parameters: _Slots
-    buffers: _Slots
-    children: _Slots
-
-
 _Recipe = Callable[[list[Any]], Any]
 """Makes a clone's own value from those that were made before it."""
 
@@ -145,7 +103,7 @@ class ModuleTemplate:
         self,
         seats: Sequence[_Seat],
         recipes: Sequence[_Recipe],
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         constant_bytes: int,
     ) -> None:
         self._seats = tuple(seats)
@@ -173,52 +131,32 @@ class ModuleTemplate:
         Returns:
             The module. Its class is the original's.
         """
-        made: list[Any] = [self._seated(seat, held, copied, device) for seat in self._seats]
+        # What torch.nn.Parameter does with a plain tensor, without what it asks before.
+        make_subclass, parameter = torch.Tensor._make_subclass, torch.nn.Parameter
+        made: list[Any] = []
+        for seat in self._seats:
+            tensor = held[seat.source or ""] if seat.is_held else _copied_to(seat, copied, device)
+            if seat.is_parameter:
+                tensor = make_subclass(parameter, tensor, False)
+            if seat.attributes:
+                tensor.__dict__.update(seat.attributes)
+            made.append(tensor)
         for recipe in self._recipes:
             made.append(recipe(made))
-        modules: list[Any] = [object.__new__(kind) for kind in self._kinds]
+        begin = len(made)
+        made += map(object.__new__, self._kinds)
         # Behind the others, where _NOTHING finds it.
         made.append(None)
-        children: list[Any] = [*modules, None]
-        for module, part in zip(modules, self._parts, strict=True):
-            values = module.__dict__
-            values.update(part.shared)
-            for name in part.registries:
-                values[name] = OrderedDict()
-            for name, index in part.own:
-                values[name] = made[index]
-            values["_parameters"] = _filled(part.parameters, made)
-            values["_buffers"] = _filled(part.buffers, made)
-            values["_modules"] = _filled(part.children, children)
-        return modules[0]
-
-    @staticmethod
-    def _seated(
-        seat: _Seat,
-        held: Mapping[str, torch.Tensor],
-        copied: Mapping[str, torch.Tensor],
-        device: str,
-    ) -> torch.Tensor:
-        if seat.is_held:
-            tensor = held[seat.source or ""]
-        elif seat.source is not None:
-            tensor = copied[seat.source].to(device=device, dtype=seat.dtype, copy=True)
-        else:
-            assert seat.constant is not None
-            tensor = _copy(seat.constant).to(device)
-        if seat.is_parameter:
-            # What torch.nn.Parameter does with a plain tensor, without what it asks before.
-            tensor = torch.Tensor._make_subclass(torch.nn.Parameter, tensor, False)
-        if seat.attributes:
-            tensor.__dict__.update(seat.attributes)
-        return tensor
+        fill_parts(self._parts, made, begin)
+        return made[begin]
 
 
-def _filled(slots: _Slots, made: Sequence[Any]) -> dict[str, Any]:
-    kind, names, places = slots
-    if not names:
-        return cast("dict[str, Any]", kind())
-    return cast("dict[str, Any]", kind(zip(names, [made[place] for place in places], strict=True)))
+def _copied_to(seat: _Seat, copied: Mapping[str, torch.Tensor], device: str) -> torch.Tensor:
+    """A clone's own tensor."""
+    if seat.source is not None:
+        return copied[seat.source].to(device=device, dtype=seat.dtype, copy=True)
+    assert seat.constant is not None
+    return _copy(seat.constant).to(device)
 
 
 def make_template(
@@ -259,7 +197,7 @@ class _Maker:
         self._tensors = tensors
         self._sources = sources
         self._copyable = copyable
-        self._left_out = left_out | _TREE
+        self._left_out = left_out.union(TREE)
         self._addresses = {
             tensor.data_ptr(): name for name, tensor in tensors.items() if tensor.numel()
         }
@@ -274,11 +212,18 @@ class _Maker:
     def template(self) -> ModuleTemplate:
         """Returns it, or raises Refusal."""
         modules = list(self._module.modules())
-        numbers = {id(module): number for number, module in enumerate(modules)}
         paths = dict(self._module.named_modules(remove_duplicate=False))
         for path, module in paths.items():
             self._add_tensors(f"{path}." if path else "", module)
-        parts = [self._part(module, numbers) for module in modules]
+        parts = [self._part(module) for module in modules]
+        # Behind everything else that a clone has of its own. Not before: what refers to a module
+        # is not to find it.
+        begin = len(self._seats) + len(self._recipes)
+        self._places.update((id(module), place) for place, module in enumerate(modules, begin))
+        parts = [
+            with_tree(part, module, self._places)
+            for part, module in zip(parts, modules, strict=True)
+        ]
         return ModuleTemplate(self._seats, self._recipes, parts, self._constant_bytes)
 
     def _add_tensors(self, prefix: str, module: torch.nn.Module) -> None:
@@ -349,36 +294,29 @@ class _Maker:
             raise Refusal(f"more than {MAX_CONSTANT_BYTES} bytes of buffers are computed")
         return _copy(tensor)
 
-    def _part(self, module: torch.nn.Module, numbers: Mapping[int, int]) -> _Part:
+    def _part(self, module: torch.nn.Module) -> Part:
         kind = type(module)
         _check_class(kind)
         if is_parametrized(module):
             raise Refusal(f"a {kind.__name__} has parametrizations")
-        shared: dict[str, Any] = {}
+        attributes: dict[str, Any] = dict.fromkeys(TREE)
         own: list[tuple[str, int]] = []
-        registries: list[str] = []
+        empty: list[tuple[str, type[Any]]] = []
         for name, value in vars(module).items():
             if name in self._left_out:
                 continue
-            if name in _STATE_DICT_HOOKS or name in _CALL_HOOKS:
-                if value and name in _CALL_HOOKS:
-                    raise Refusal(f"a {kind.__name__} has hooks")
-                registries.append(name)
+            is_of_all, attributes[name] = attribute_of_all(module, name)
+            if is_of_all:
+                continue
+            if (begun := empty_kind(name, value)) is not None:
+                empty.append((name, begun))
                 continue
             found = self._value(f"{kind.__name__}.{name}", value, 0)
             if isinstance(found, _Ref):
                 own.append((name, found.index))
             else:
-                shared[name] = found
-        return _Part(
-            kind=kind,
-            shared=shared,
-            own=tuple(own),
-            registries=tuple(registries),
-            parameters=_slots(module._parameters, self._places),
-            buffers=_slots(module._buffers, self._places),
-            children=_slots(module._modules, numbers),
-        )
+                attributes[name] = found
+        return Part(kind=kind, attributes=attributes, own=tuple(own), empty=tuple(empty))
 
     def _value(self, where: str, value: Any, depth: int) -> Any:
         """What stands for a value in the template: itself if it can be shared, or a _Ref."""
@@ -450,13 +388,6 @@ def _mapped(kind: type[Any], entries: dict[Any, Any]) -> _Recipe:
         return filled
 
     return fill
-
-
-def _slots(values: dict[str, Any], places: Mapping[int, int]) -> _Slots:
-    if type(values) not in (dict, OrderedDict):
-        raise Refusal(f"parts are kept in a {type(values).__name__}")
-    found = [_NOTHING if value is None else places[id(value)] for value in values.values()]
-    return type(values), tuple(values), tuple(found)
 
 
 def _check_class(kind: type[torch.nn.Module]) -> None:

@@ -23,7 +23,7 @@ from modelyard_server.weights.activations import (
     predict_peak_bytes,
 )
 
-__all__ = ["model_for_task", "predict_for_task"]
+__all__ = ["model_for_task"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +36,14 @@ _CACHES: Final = ("cache", "past_key_values", "cache_params")
 _USUAL_SIDE: Final = 224
 
 
-def predict_for_task(
+def model_for_task(
     module: torch.nn.Module, config: Any, task: str, batch_size: int, max_length: int
-) -> int:
-    """Says what the largest batch of a task takes beside the weights, its inputs included.
+) -> ActivationModel | None:
+    """Says what every batch of a task takes beside the weights, its inputs included.
 
     Reads no files and no weights. Takes some tenths of a second, for long texts too: what has no
     memory has no length. Only of models that loop over tokens is it extrapolated from short texts.
+    The outcome is numbers only, and can be kept where the module cannot.
 
     Args:
         module: the model on the meta device. Nobody else may use it meanwhile; it is left in the
@@ -50,33 +51,7 @@ def predict_for_task(
         config: the model's configuration.
         task: one of the runtime's tasks.
         batch_size: most rows of one forward pass.
-        max_length: most tokens of a text; of no meaning for pictures.
-
-    Returns:
-        Bytes; 0 if it cannot be known without running the model.
-    """
-    found = _predict(module, config, task, batch_size, max_length)
-    if found.peak_bytes is not None:
-        return found.peak_bytes
-    if task == _PICTURES or max_length <= max(_SHORT):
-        return 0
-    model = _fit(module, config, task, [(batch_size, length) for length in _SHORT])
-    return 0 if model is None else model.predict(batch_size, max_length)
-
-
-def model_for_task(
-    module: torch.nn.Module, config: Any, task: str, batch_size: int, max_length: int
-) -> ActivationModel | None:
-    """Makes the model that tells of every batch up to the largest, and beyond it.
-
-    It is numbers only, and can be kept where the module cannot.
-
-    Args:
-        module: as for predict_for_task.
-        config: as for predict_for_task.
-        task: as for predict_for_task.
-        batch_size: as for predict_for_task.
-        max_length: as for predict_for_task.
+        max_length: most tokens of a text; of no meaning for pictures, whose length is 1.
 
     Returns:
         None if nothing can be known without running the model.
@@ -84,8 +59,10 @@ def model_for_task(
     if task == _PICTURES:
         return _fit(module, config, task, [(max(1, batch_size // 2), 1), (max(2, batch_size), 1)])
     longest = max(2, max_length)
-    # The ends, where being wrong costs most, and one between them for the curve.
+    # The ends, where being wrong costs most, and one between them for the curve. Then one that is
+    # mostly what a text takes whatever its length: a measurement of short texts is no surprise.
     batches = [(1, longest), (batch_size, max(1, longest // 2)), (batch_size, longest)]
+    batches.append((batch_size, 2))
     found = _fit(module, config, task, batches)
     if found is not None or longest <= max(_SHORT):
         return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -81,25 +82,31 @@ class TextGenerator(HfModel):
         of_model = self._module.device.type
         device = self._device if torch.device(self._device).type == of_model else "cpu"
         for part in chunks(len(encodings), self._batch_size):
-            batch = self._tokenizer.batch(encodings[part], device=device, pad_left=True)
-            width = batch.ids.shape[1]
-            stopping = _StopTexts(self._tokenizer, stops, width, len(batch.ids))
-            written = self._module.generate(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                generation_config=GenerationConfig.from_dict(
-                    {
-                        "max_new_tokens": new_tokens,
-                        "do_sample": False,
-                        "eos_token_id": self._end_ids or None,
-                        "pad_token_id": self._tokenizer.pad_id,
-                    }
-                ),
-                logits_processor=LogitsProcessorList(
-                    [] if sampling is None else [_Sampler(sampling, part.start, len(batch.ids))]
-                ),
-                stopping_criteria=StoppingCriteriaList([stopping] if stops else []),
-            )
+            width = max(map(len, encodings[part]))
+            rows = len(encodings[part])
+            stopping = _StopTexts(self._tokenizer, stops, width, rows)
+            processors = LogitsProcessorList()
+            if sampling is not None:
+                processors.append(_Sampler(sampling, part.start, rows))
+            # Of the writing the first token: all others would each pay for being measured.
+            with ExitStack() as first_token:
+                first_token.enter_context(self._forward_pass(rows, width + 1))
+                processors.append(_AfterFirst(first_token.close))
+                batch = self._tokenizer.batch(encodings[part], device=device, pad_left=True)
+                written = self._module.generate(
+                    input_ids=batch.ids,
+                    attention_mask=batch.mask,
+                    generation_config=GenerationConfig.from_dict(
+                        {
+                            "max_new_tokens": new_tokens,
+                            "do_sample": False,
+                            "eos_token_id": self._end_ids or None,
+                            "pad_token_id": self._tokenizer.pad_id,
+                        }
+                    ),
+                    logits_processor=processors,
+                    stopping_criteria=StoppingCriteriaList([stopping] if stops else []),
+                )
             for row, ids in enumerate(written[:, width:].tolist()):
                 text, count = self._cut(ids, stopping.lengths[row], stops)
                 answers.append(text)
@@ -152,6 +159,20 @@ class _Sampler(LogitsProcessor):
             ]
         ).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+class _AfterFirst(LogitsProcessor):
+    """The last of the processors: says when the first token has been chosen. Changes nothing."""
+
+    def __init__(self, chosen: Callable[[], None]) -> None:
+        self._chosen = chosen
+        self._is_first = True
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._is_first:
+            self._is_first = False
+            self._chosen()
+        return scores
 
 
 class _StopTexts(StoppingCriteria):

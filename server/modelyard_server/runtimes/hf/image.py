@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from modelyard_server.runtimes.api import JsonValue, ModelFilesError
+from modelyard_server.runtimes.api import JsonValue, ModelFilesError, Prepared
+from modelyard_server.runtimes.batches import split_rows
 from modelyard_server.runtimes.conversion import to_torch
-from modelyard_server.runtimes.hf.model import HfModel, chunks
+from modelyard_server.runtimes.hf.model import BatchedModel, chunks
 from modelyard_server.runtimes.hf.requests import image_of
 from modelyard_server.runtimes.hf.text import classify
 from modelyard_server.runtimes.options import OptionReader
@@ -195,7 +196,7 @@ def _per_channel(settings: Mapping[str, JsonValue], key: str, channels: int) -> 
     return [_number({key: item}, key, 0.0) for item in items]
 
 
-class ImageClassifier(HfModel):
+class ImageClassifier(BatchedModel):
     """Classes of images.
 
     Input: UINT8 [n, height, width, channels], prepared as preprocessor_config.json says, or FLOAT32
@@ -223,20 +224,44 @@ class ImageClassifier(HfModel):
             self._side = tuple(side)
         self._dtype: torch.dtype = next(module.parameters()).dtype
 
-    def _answer(
-        self, inputs: Sequence[TensorValue], parameters: OptionReader
-    ) -> tuple[TensorValue, ...]:
+    def _prepare(self, inputs: Sequence[TensorValue], parameters: OptionReader) -> Prepared:
         parameters.finish()
         value = image_of(inputs, self._channels)
         self._check(value)
-        images = to_torch(value)
+        # Pictures of one size alone: others would have to be resized before they are put together.
+        return Prepared(
+            key=(value.dtype, value.shape[1:]),
+            rows=value.shape[0],
+            row_bytes=math.prod(value.shape[1:]) * value.dtype.item_size,
+            most_rows=self._batch_size,
+            content=value,
+        )
+
+    def _answer_batch(self, requests: Sequence[Prepared]) -> list[tuple[TensorValue, ...]]:
+        value: TensorValue = requests[0].content
+        images = torch.cat([to_torch(request.content) for request in requests])
         logits = []
+        of_one = self._size_in_own(value)
         for part in chunks(len(images), self._batch_size):
-            pixels = images[part].to(self._device)
-            if value.dtype is DType.UINT8 and self._preparation is not None:
-                pixels = self._preparation.apply(pixels)
-            logits.append(self._module(pixel_values=pixels.to(self._dtype)).logits)
-        return classify(torch.cat(logits), self._module.config)
+            with self._forward_pass(len(images[part]), of_one):
+                logits.append(self._logits(images[part], is_raw=value.dtype is DType.UINT8))
+        rows = [request.rows for request in requests]
+        return split_rows(classify(torch.cat(logits), self._module.config), rows)
+
+    def _logits(self, images: torch.Tensor, *, is_raw: bool) -> torch.Tensor:
+        pixels = images.to(self._device)
+        if is_raw and self._preparation is not None:
+            pixels = self._preparation.apply(pixels)
+        logits: torch.Tensor = self._module(pixel_values=pixels.to(self._dtype)).logits
+        return logits
+
+    def _size_in_own(self, value: TensorValue) -> int:
+        """How many pictures of the model's own size one of these is as large as, rounded up."""
+        if self._side is None:
+            return 1
+        height, width = value.shape[1:3] if value.dtype is DType.UINT8 else value.shape[2:]
+        own = max(1, self._side[0] * self._side[1])
+        return max(1, -(-height * width // own))
 
     def _check(self, value: TensorValue) -> None:
         shape = value.shape

@@ -19,6 +19,7 @@ from modelyard_server.runtimes.hf.skeletons import Pricing
 from modelyard_server.runtimes.model_weights import HeldWeights, ModelWeights
 from modelyard_server.runtimes.targets import Place
 from modelyard_server.runtimes.template_cache import TemplateCache, tensors_digest
+from modelyard_server.weights.origin import NOWHERE
 from modelyard_server.weights.storages import Spread
 from modelyard_server.weights.stored import StoredModel
 from modelyard_server.weights.templates import ModuleTemplate, Refusal, make_template
@@ -75,9 +76,7 @@ class Loader:
         self._weights = weights
         self._templates = TemplateCache()
 
-    def load(
-        self, plan: Plan, place: Place, stop: StopCheck
-    ) -> tuple[Any, Spread, HeldWeights | None]:
+    def load(self, plan: Plan, place: Place, stop: StopCheck) -> tuple[Any, Spread, HeldWeights]:
         """Brings a model onto its devices.
 
         Args:
@@ -93,7 +92,7 @@ class Loader:
             ModelFilesError: the files are not what they were, or do not make the model.
             LoadCancelled: stop said so. Nothing is held then.
         """
-        filling = plan.filling
+        filling, origin = plan.filling, NOWHERE
         _, template = self._templates.find(plan.key)
         if template is None or not place.target.is_whole:
             mapped = map_filling(filling, place, stop)
@@ -116,9 +115,12 @@ class Loader:
                     stop=stop,
                 )
                 return module, spread, held
+            origin = mapped.origin
             # What was loaded to learn from makes room for what is loaded to stay.
             del module, mapped
-        module, spread, held = clone(template, filling, self._weights, place=place, stop=stop)
+        module, spread, held = clone(
+            template, filling, self._weights, place=place, stop=stop, origin=origin
+        )
         _set_labels(module, plan.architecture)
         return module, spread, held
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from modelyard_server.runtimes.api import JsonValue, LoadedModel, Witness
+from modelyard_server.runtimes.api import (
+    JsonValue,
+    KeptWeights,
+    LoadedModel,
+    LoadSource,
+    Prepared,
+    Witness,
+)
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.model_weights import HeldWeights
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.tensors import TensorValue
+from modelyard_server.weights.activation_model import ActivationPoint
+from modelyard_server.weights.first_runs import FirstRuns
+from modelyard_server.weights.run_meter import RunMeter
 from modelyard_server.weights.storages import Spread
 
-__all__ = ["HfModel", "chunks", "labels_of"]
+__all__ = ["BatchedModel", "HfModel", "chunks", "labels_of"]
 
 
 class HfModel(LoadedModel):
@@ -31,10 +42,28 @@ class HfModel(LoadedModel):
         self._weights: HeldWeights | None = None
         self._spread = spread
         self._device = spread.home_name
+        self._meter = RunMeter(FirstRuns.none(), self._device)
 
     def own(self, weights: HeldWeights) -> None:
         """Makes the model the owner of what its module hangs over; close releases it."""
         self._weights = weights
+
+    def measure(self, first_runs: FirstRuns) -> None:
+        """Has the first run of each bucket measured; before the first run of all."""
+        self._meter = RunMeter(first_runs, self._device)
+
+    def take_measured(self) -> tuple[ActivationPoint, ...]:
+        """What runs took beside the weights, as far as they were measured; each is told once."""
+        return self._meter.take()
+
+    def _forward_pass(self, batch: int, length: int) -> AbstractContextManager[None]:
+        """To be entered for what one batch takes, from its inputs to what is left of it.
+
+        Args:
+            batch: its rows.
+            length: its tokens a row; 1 for pictures of the model's size.
+        """
+        return self._meter.forward_pass(batch, length)
 
     @property
     def _module(self) -> Any:
@@ -48,7 +77,7 @@ class HfModel(LoadedModel):
     ) -> tuple[TensorValue, ...]:
         """Answers one request; see the subclass for inputs, parameters and outputs."""
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._meter.run():
                 return self._answer(inputs, OptionReader(parameters))
         except BaseException as error:
             forget_frames(error)
@@ -71,6 +100,15 @@ class HfModel(LoadedModel):
         """What it holds together with others, by device and identity."""
         return {} if self._weights is None else self._weights.shared_bytes()
 
+    @property
+    def source(self) -> LoadSource:
+        """Where its weights came from; known until it is closed."""
+        return LoadSource.STORAGE if self._weights is None else self._weights.source
+
+    def keep(self) -> KeptWeights | None:
+        """Copies to host memory what it holds together with others, for loads to come."""
+        return None if self._weights is None else self._weights.keep()
+
     def witnesses(self) -> tuple[Witness, ...]:
         """Weak references to the module, its parameters and its buffers."""
         if self._held is None:
@@ -84,6 +122,44 @@ class HfModel(LoadedModel):
         if self._weights is not None:
             self._weights.release()
             self._weights = None
+
+
+class BatchedModel(HfModel):
+    """A model whose requests can share a run: what it answers for a row depends on no other row.
+
+    A task is a subclass with `_prepare` and `_answer_batch`.
+    """
+
+    def prepare(
+        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
+    ) -> Prepared:
+        """Reads inputs and parameters; see the subclass for them."""
+        try:
+            return self._prepare(inputs, OptionReader(parameters))
+        except BaseException as error:
+            forget_frames(error)
+            raise
+
+    def run_batch(self, requests: Sequence[Prepared]) -> Sequence[tuple[TensorValue, ...]]:
+        """Answers requests together."""
+        try:
+            with torch.inference_mode(), self._meter.run():
+                return self._answer_batch(requests)
+        except BaseException as error:
+            forget_frames(error)
+            raise
+
+    def _answer(
+        self, inputs: Sequence[TensorValue], parameters: OptionReader
+    ) -> tuple[TensorValue, ...]:
+        (answer,) = self._answer_batch((self._prepare(inputs, parameters),))
+        return answer
+
+    @abstractmethod
+    def _prepare(self, inputs: Sequence[TensorValue], parameters: OptionReader) -> Prepared: ...
+
+    @abstractmethod
+    def _answer_batch(self, requests: Sequence[Prepared]) -> Sequence[tuple[TensorValue, ...]]: ...
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:

@@ -13,6 +13,7 @@ have a template are loaded in the first way every time.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
@@ -34,6 +35,9 @@ from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.hf.requests import check_request
 from modelyard_server.runtimes.model_weights import ModelWeights, content_key
 from modelyard_server.runtimes.options import OptionReader
+from modelyard_server.runtimes.template_cache import tensors_digest
+from modelyard_server.weights.activation_model import ActivationModel, RunEstimate
+from modelyard_server.weights.first_runs import FirstRuns
 from modelyard_server.weights.model_config import read_json_object, read_model_config
 from modelyard_server.weights.store.recent import Recent
 
@@ -68,6 +72,7 @@ TASKS = (
     "text-generation",
     "image-classification",
 )
+_PICTURES = "image-classification"
 _POOLINGS = ("mean", "cls", "none")
 _DEFAULT_BATCH_SIZE = 32
 _MAX_BATCH_SIZE = 4_096
@@ -85,13 +90,6 @@ class _Options:
     pooling: str
     normalize: bool
     top_k: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Activations:
-    """What a run of the largest batch takes, in bytes; 0 if nobody knows."""
-
-    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +113,8 @@ class TransformersRuntime(Runtime):
         construction_lock: of all runtimes whose models are built from this process's classes.
         store: has the models; None: they are read where they lie.
         pool: holds what models share, or gives it; None: one of its own.
-        predicts_runs: a price says what runs take as well; it takes some tenths of a second for
-            each architecture and setting.
+        predicts_runs: a price says what runs take as well, which takes some tenths of a second for
+            each architecture and setting, and the first runs of each are measured.
     """
 
     def __init__(
@@ -128,7 +126,8 @@ class TransformersRuntime(Runtime):
         predicts_runs: bool = False,
     ) -> None:
         self._predicts_runs = predicts_runs
-        self._activations: Recent[Hashable, _Activations] = Recent(_MAX_PLANS)
+        self._estimates: Recent[Hashable, RunEstimate] = Recent(_MAX_PLANS)
+        self._first_runs: Recent[Hashable, FirstRuns] = Recent(_MAX_PLANS)
         self._construction_lock = construction_lock or threading.Lock()
         self._weights = ModelWeights(store, pool)
         self._plans: Recent[Hashable, Plan] = Recent(_MAX_PLANS)
@@ -183,7 +182,8 @@ class TransformersRuntime(Runtime):
             price = plan.pricing.price
             if not self._predicts_runs:
                 return price
-            return replace(price, activation_bytes=self._activation_bytes(plan, spec))
+            estimate = self._estimate(plan, spec)
+            return replace(price, activation_bytes=estimate.size_bytes, runs=estimate)
         except BaseException as error:
             forget_frames(error)
             raise
@@ -235,25 +235,34 @@ class TransformersRuntime(Runtime):
             key=key_of(architecture, dtype, stored, pricing),
         )
 
-    def _activation_bytes(self, plan: Plan, spec: ModelSpec) -> int:
-        """What the largest batch of a run takes, as far as the configuration tells; 0: unknown."""
-        options, config = _read_options(spec), plan.architecture.config
-        own = getattr(config, "max_position_embeddings", None)
-        longest = own if isinstance(own, int) and own > 0 else _LENGTH_WITHOUT_LIMIT
-        length = min(options.max_length or longest, longest)
-        limits = (spec.task, options.batch_size, length)
-        key = None if plan.key is None else (plan.key, *limits)
-        known = None if key is None else self._activations.get(key)
+    def _estimate(self, plan: Plan, spec: ModelSpec) -> RunEstimate:
+        """What runs take, as far as the configuration tells."""
+        _, batch_size, length = limits = _limits_of(plan, spec)
+        key = None if plan.key is None else (plan.key, limits)
+        known = None if key is None else self._estimates.get(key)
         if known is None:
-            known = _Activations(self._predicted(plan, *limits))
+            known = RunEstimate(
+                key=_key_of_runs(plan, limits),
+                model=self._predicted(plan, *limits) or ActivationModel.unknown(),
+                largest_batch=batch_size,
+                largest_length=length,
+            )
             if key is not None:
-                self._activations.put(key, known)
-        return known.size_bytes
+                self._estimates.put(key, known)
+        return known
 
-    def _predicted(self, plan: Plan, task: str, batch_size: int, length: int) -> int:
+    def _first_runs_of(self, plan: Plan, spec: ModelSpec) -> FirstRuns:
+        """Picks the runs that are measured; of all models whose runs take the same."""
+        if plan.key is None:
+            return FirstRuns()
+        return self._first_runs.setdefault((plan.key, _limits_of(plan, spec)), FirstRuns())
+
+    def _predicted(
+        self, plan: Plan, task: str, batch_size: int, length: int
+    ) -> ActivationModel | None:
         import torch
 
-        from modelyard_server.runtimes.hf.activations import predict_for_task
+        from modelyard_server.runtimes.hf.activations import model_for_task
 
         architecture = plan.architecture
         try:
@@ -262,13 +271,13 @@ class TransformersRuntime(Runtime):
                     architecture.config, dtype=plan.dtype, **architecture.arguments
                 )
             with self._construction_lock:
-                return predict_for_task(module, architecture.config, task, batch_size, length)
+                return model_for_task(module, architecture.config, task, batch_size, length)
         except Exception as error:
             # Code of a model, of which nothing but a number was wanted.
             forget_frames(error)
             name = architecture.model_class.__name__
             logger.info("what runs of a %s take is not known (%s)", name, type(error).__name__)
-            return 0
+            return None
 
     def _load(self, spec: ModelSpec, place: Place, stop: StopCheck) -> LoadedModel:
         options = _read_options(spec)
@@ -284,6 +293,8 @@ class TransformersRuntime(Runtime):
             raise
         if held is not None:
             loaded.own(held)
+        if self._predicts_runs:
+            loaded.measure(self._first_runs_of(plan, spec))
         return loaded
 
     def _with_task(
@@ -360,6 +371,32 @@ class TransformersRuntime(Runtime):
         if own < 1:
             raise ModelFilesError("the model takes no tokens: max_position_embeddings is too small")
         return own
+
+
+def _limits_of(plan: Plan, spec: ModelSpec) -> tuple[str, int, int]:
+    """Task, rows of the largest batch and its tokens a row, as far as the configuration tells."""
+    options, config = _read_options(spec), plan.architecture.config
+    if spec.task == _PICTURES:
+        return spec.task, options.batch_size, 1
+    own = getattr(config, "max_position_embeddings", None)
+    longest = own if isinstance(own, int) and own > 0 else _LENGTH_WITHOUT_LIMIT
+    return spec.task, options.batch_size, min(options.max_length or longest, longest)
+
+
+def _key_of_runs(plan: Plan, limits: tuple[str, int, int]) -> str:
+    """The same for models whose runs take the same; empty if nobody can tell."""
+    if plan.key is None:
+        return ""
+    architecture = plan.architecture
+    decisive = (
+        f"{architecture.model_class.__module__}.{architecture.model_class.__qualname__}",
+        architecture.shape,
+        sorted(architecture.arguments.items()),
+        plan.dtype,
+        tensors_digest(plan.stored.checkpoint),
+        limits,
+    )
+    return f"transformers:{hashlib.sha256(repr(decisive).encode()).hexdigest()}"
 
 
 def _check_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:

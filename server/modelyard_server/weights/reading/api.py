@@ -17,11 +17,14 @@ import torch
 from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError, StopCheck
 from modelyard_server.weights.mapping import TORCH_DTYPES, Extent
 from modelyard_server.weights.model_files import FolderLike, OpenFile
+from modelyard_server.weights.origin import NOWHERE, Origin
+from modelyard_server.weights.pages import joined_ranges, uncached
 from modelyard_server.weights.safetensors_files import FileHeader, TensorHeader
 
 __all__ = [
     "Allocation",
     "FilePart",
+    "Mapped",
     "Piece",
     "Placed",
     "ReadMode",
@@ -30,6 +33,7 @@ __all__ = [
     "check_unchanged",
     "empty_tensor",
     "layout",
+    "origin_of",
     "read_into",
 ]
 
@@ -75,19 +79,35 @@ class Allocation:
     held_count: int = 0
 
 
+class Mapped(Protocol):
+    """A mapped file."""
+
+    def extent(self, tensor: TensorHeader) -> Extent:
+        """Where one of its tensors lies."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Placed:
     """A tensor that has been read. Not to be changed; frozen ones take longer to make.
 
     Attributes:
         base: the tensor. As long as it or an alias of it lives its bytes stay.
-        extent: where it lies in a mapped file; None if it does not.
+        file: the mapped file that it lies in; None if it does not.
+        header: of the tensor in that file.
         allocation: what its bytes are a part of, if they cannot go back alone.
     """
 
     base: torch.Tensor
-    extent: Extent | None = None
+    file: Mapped | None = None
+    header: TensorHeader | None = None
     allocation: Allocation | None = None
+
+    @property
+    def extent(self) -> Extent | None:
+        """Where it lies in a mapped file; None if it does not."""
+        if self.file is None or self.header is None:
+            return None
+        return self.file.extent(self.header)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +117,20 @@ class Reading:
     Attributes:
         placed: the tensors by name: all that were wanted.
         padding_bytes: what was allocated for them beyond their own bytes.
+        origin: where they came from.
     """
 
     placed: dict[str, Placed]
     padding_bytes: int = 0
+    origin: Origin = NOWHERE
+
+    def joined_with(self, other: Reading) -> Reading:
+        """Both together; they have no name in common."""
+        return Reading(
+            placed=self.placed | other.placed,
+            padding_bytes=self.padding_bytes + other.padding_bytes,
+            origin=self.origin + other.origin,
+        )
 
 
 class Reader(Protocol):
@@ -191,6 +221,22 @@ def layout(
 def empty_tensor(tensor: TensorHeader, torch_device: str) -> torch.Tensor:
     """A tensor without elements, of which nothing is to be read."""
     return torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device=torch_device)
+
+
+def origin_of(descriptor: int, header: FileHeader, tensors: Sequence[TensorHeader]) -> Origin:
+    """Where tensors of a file are before they are read. Reads nothing.
+
+    Args:
+        descriptor: of the open file.
+        header: of it.
+        tensors: of the file.
+    """
+    file_bytes = missing_bytes = 0
+    for begin, end in joined_ranges([(tensor.begin, tensor.end) for tensor in tensors]):
+        file_bytes += end - begin
+        for _, size_bytes in uncached(descriptor, header.data_start + begin, end - begin):
+            missing_bytes += size_bytes
+    return Origin(file_bytes=file_bytes, missing_bytes=missing_bytes)
 
 
 def read_into(

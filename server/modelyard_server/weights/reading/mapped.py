@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,21 +13,18 @@ from modelyard_server.weights.mapping import (
     TORCH_DTYPES,
     Extent,
     is_aligned,
-    joined,
-    map_file,
+    map_opened,
     open_checked,
     populate,
 )
-from modelyard_server.weights.model_files import FolderLike
-from modelyard_server.weights.pages import are_cached, seem_cached, write_protect
+from modelyard_server.weights.model_files import FolderLike, OpenFile
+from modelyard_server.weights.origin import NOWHERE, Origin
+from modelyard_server.weights.pages import joined_ranges, uncached, write_protect
 from modelyard_server.weights.reading.api import FilePart, Placed, Reading, empty_tensor
-from modelyard_server.weights.reading.regions import Region, tensor_over
+from modelyard_server.weights.reading.regions import Range, Region, array_tensor
 from modelyard_server.weights.safetensors_files import FileHeader, TensorHeader
 
 __all__ = ["MappedReader"]
-
-_PIECE_BYTES = 2 << 20
-"""What is read at once of a file that is in memory in part."""
 
 
 class MappedReader:
@@ -61,20 +57,23 @@ class MappedReader:
     ) -> Reading:
         """See Reader. A misaligned tensor is copied out of the file."""
         placed: dict[str, Placed] = {}
+        origin = NOWHERE
         for part in parts:
+            header = part.header
             shared = [tensor for tensor in part.tensors if tensor.identity]
             own = [tensor for tensor in part.tensors if not tensor.identity]
-            if shared:
-                _place(self._shared(packs, part.header), shared, placed, stop)
-            if own:
-                _place(_MappedFile(packs, part.header), own, placed, stop)
-        return Reading(placed=placed)
+            with open_checked(packs, header) as file:
+                if shared:
+                    origin += _place(self._shared(file, header), file, shared, placed, stop)
+                if own:
+                    origin += _place(_MappedFile(file, header), file, own, placed, stop)
+        return Reading(placed=placed, origin=origin)
 
-    def _shared(self, packs: FolderLike, header: FileHeader) -> _MappedFile:
+    def _shared(self, file: OpenFile, header: FileHeader) -> _MappedFile:
         with self._lock:
             region = self._regions.get(header.identity)
         if region is None:
-            made = _MappedFile(packs, header, write_protected=self._write_protected)
+            made = _MappedFile(file, header, write_protected=self._write_protected)
             with self._lock:
                 region = self._regions.setdefault(header.identity, made)
         return region
@@ -82,12 +81,11 @@ class MappedReader:
 
 class _MappedFile(Region):
     def __init__(
-        self, packs: FolderLike, header: FileHeader, *, write_protected: bool = False
+        self, file: OpenFile, header: FileHeader, *, write_protected: bool = False
     ) -> None:
-        super().__init__(map_file(packs, header))
+        super().__init__(map_opened(file, header))
         self.header = header
-        self._packs = packs
-        self._populated: set[tuple[int, int]] = set()
+        self._populated: set[Range] = set()
         if write_protected:
             try:
                 write_protect(self.address, len(self.mapping))
@@ -95,74 +93,72 @@ class _MappedFile(Region):
                 raise ModelFilesError(f"{header.name} cannot be mapped", transient=True) from None
 
     def extent(self, tensor: TensorHeader) -> Extent:
-        start = self.header.data_start + tensor.begin
+        """See Mapped."""
+        return self._extent(self.header.data_start + tensor.begin, tensor.size_bytes)
+
+    def populate(self, file: OpenFile, ranges: Iterable[Range], stop: StopCheck) -> Origin:
+        """Reads the pages of ranges of which the caller has views, unless somebody has.
+
+        Pages that the system has in memory are left to the first use: making them known to the
+        page tables takes longer than everything else about such a load, and nothing can fail then.
+
+        Returns:
+            Where the pages were.
+        """
+        if stop():
+            raise LoadCancelled
+        missing = [key for key in ranges if key not in self._populated]
+        wanted = joined_ranges(missing)
+        pieces = [
+            self._extent(*piece)
+            for begin, end in wanted
+            for piece in uncached(file.descriptor, begin, end - begin)
+        ]
+        populate(pieces, stop=stop)
+        with self._lock:
+            self._populated.update(missing)
+        return Origin(
+            file_bytes=sum(end - begin for begin, end in wanted),
+            missing_bytes=sum(piece.size_bytes for piece in pieces),
+        )
+
+    def _extent(self, start: int, size_bytes: int) -> Extent:
         return Extent(
             mapping=self.mapping,
             file=self.header.name,
             start=start,
-            size_bytes=tensor.size_bytes,
+            size_bytes=size_bytes,
             address=self.address + start,
         )
-
-    def populate(self, extents: Sequence[Extent], stop: StopCheck) -> None:
-        """Reads the pages of extents of which the caller has views, unless somebody has.
-
-        Pages that the system has in memory are left to the first use: making them known to the
-        page tables takes longer than everything else about such a load, and nothing can fail then.
-        """
-        missing = [
-            extent for extent in extents if (extent.start, extent.end) not in self._populated
-        ]
-        wanted = joined(missing)
-        if stop():
-            raise LoadCancelled
-        if wanted:
-            with open_checked(self._packs, self.header) as file:
-                wanted = tuple(
-                    piece for extent in wanted for piece in _uncached(extent, file.descriptor)
-                )
-        populate(wanted, stop=stop)
-        with self._lock:
-            self._populated.update((extent.start, extent.end) for extent in missing)
 
     def _give_back(self, begin: int, end: int) -> None:
         self._populated.discard((begin, end))
         super()._give_back(begin, end)
 
 
-def _uncached(extent: Extent, descriptor: int) -> Iterator[Extent]:
-    """The pieces of an extent that the system has not in memory, or not all of."""
-    if seem_cached(descriptor, extent.start, extent.size_bytes):
-        return
-    for begin in range(0, extent.size_bytes, _PIECE_BYTES):
-        size_bytes = min(_PIECE_BYTES, extent.size_bytes - begin)
-        if not are_cached(descriptor, extent.start + begin, size_bytes):
-            yield replace(
-                extent,
-                start=extent.start + begin,
-                size_bytes=size_bytes,
-                address=extent.address + begin,
-            )
-
-
 def _place(
     region: _MappedFile,
+    file: OpenFile,
     tensors: Sequence[TensorHeader],
     placed: dict[str, Placed],
     stop: StopCheck,
-) -> None:
-    filled = [(tensor, region.extent(tensor)) for tensor in tensors if tensor.size_bytes]
+) -> Origin:
+    filled = [tensor for tensor in tensors if tensor.begin < tensor.end]
     # Before the pages are read: a range that somebody lets go of meanwhile is not given back then.
-    views = [region.view(extent.start, extent.end) for _, extent in filled]
-    region.populate([extent for _, extent in filled], stop)
-    for (tensor, extent), view in zip(filled, views, strict=True):
+    start = region.header.data_start
+    ranges = [(start + tensor.begin, start + tensor.end) for tensor in filled]
+    arrays = region.arrays(ranges, filled)
+    origin = region.populate(file, ranges, stop)
+    for tensor, array in zip(filled, arrays, strict=True):
         if is_aligned(region.header, tensor):
-            placed[tensor.name] = Placed(base=tensor_over(view, tensor), extent=extent)
+            base = array_tensor(array, tensor)
+            placed[tensor.name] = Placed(base=base, file=region, header=tensor)
         else:
             # The format does not align tensors behind an odd one; the processor wants it.
-            copied = torch.frombuffer(view, dtype=torch.uint8).clone()
+            copied = torch.from_numpy(array).clone()
             base = copied.view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
             placed[tensor.name] = Placed(base=base)
     for tensor in tensors:
         if not tensor.size_bytes:
             placed[tensor.name] = Placed(base=empty_tensor(tensor, "cpu"))
+    return origin

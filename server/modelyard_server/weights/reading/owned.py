@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from modelyard_server.runtimes.api import StopCheck
 from modelyard_server.weights.mapping import open_checked
 from modelyard_server.weights.model_files import FolderLike
+from modelyard_server.weights.origin import NOWHERE
 from modelyard_server.weights.reading.api import (
     FilePart,
     Piece,
@@ -15,6 +16,7 @@ from modelyard_server.weights.reading.api import (
     check_unchanged,
     empty_tensor,
     layout,
+    origin_of,
     read_into,
 )
 from modelyard_server.weights.reading.regions import (
@@ -81,8 +83,10 @@ def fill_region(
     # All views before the first read: if that fails the region has come to its end.
     views = [[region.view(piece.begin, piece.end) for piece in pieces] for _, pieces in files]
     used = 0
+    origin = NOWHERE
     for (header, pieces), targets in zip(files, views, strict=True):
         with open_checked(packs, header) as file:
+            origin += origin_of(file.descriptor, header, [piece.tensor for piece in pieces])
             for piece, target in zip(pieces, targets, strict=True):
                 offset = header.data_start + piece.tensor.begin
                 read_into(file, header.name, target, offset=offset, stop=stop)
@@ -90,4 +94,4 @@ def fill_region(
                 used += piece.tensor.size_bytes
             check_unchanged(file, header.name)
     end = files[-1][1][-1].end
-    return Reading(placed=placed, padding_bytes=page_ceiling(end) - used)
+    return Reading(placed=placed, padding_bytes=page_ceiling(end) - used, origin=origin)

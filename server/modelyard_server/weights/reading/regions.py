@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from typing import Self
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 from weakref import ref
 
+import numpy as np
 import torch
 
 from modelyard_server.weights.mapping import TORCH_DTYPES
@@ -20,14 +23,48 @@ from modelyard_server.weights.safetensors_files import TensorHeader
 
 __all__ = [
     "HOST_ALIGNMENT_BYTES",
+    "Range",
     "Region",
     "anonymous_mapping",
+    "array_tensor",
     "page_ceiling",
     "tensor_over",
 ]
 
 HOST_ALIGNMENT_BYTES = 64
 """Of large tensors in host memory: a cache line, and the widest vector of a processor."""
+
+Range = tuple[int, int]
+"""First byte, and first byte behind it."""
+
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+_ARRAY_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        name: np.dtype(kind)
+        for name, kind in (
+            ("BOOL", np.bool_),
+            ("U8", np.uint8),
+            ("I8", np.int8),
+            ("F8_E4M3", np.uint8),
+            ("F8_E5M2", np.uint8),
+            ("I16", np.int16),
+            ("U16", np.uint16),
+            ("F16", np.float16),
+            ("BF16", np.uint16),
+            ("I32", np.int32),
+            ("U32", np.uint32),
+            ("F32", np.float32),
+            ("I64", np.int64),
+            ("U64", np.uint64),
+            ("F64", np.float64),
+        )
+    }
+)
+"""Types of arrays by the format's names. Integers stand for those that numpy has not."""
+
+_BYTE = np.dtype(np.uint8)
+_OTHERWISE_TYPED = frozenset({"BF16", "F8_E4M3", "F8_E5M2"})
 
 
 class Region:
@@ -43,10 +80,13 @@ class Region:
         address: of its first byte.
     """
 
+    _viewed: ClassVar[set[Region]] = set()
+    """All that have views. They are kept, and with them what waits for the ends of the views."""
+
     def __init__(self, mapping: mmap.mmap) -> None:
         self.mapping = mapping
         self.address = torch.frombuffer(mapping, dtype=torch.uint8).data_ptr()
-        self._views: dict[tuple[int, int], ref[memoryview]] = {}
+        self._views: dict[Range, _Watch] = {}
         # A view may end in any thread, in the middle of what that thread is doing here.
         self._lock = threading.RLock()
 
@@ -57,14 +97,46 @@ class Region:
         """
         key = (begin, end)
         with self._lock:
-            known = self._views.get(key)
-            view = known() if known is not None else None
+            view: memoryview | None = self._known(key)
             if view is None:
                 view = memoryview(self.mapping)[begin:end]
-                self._views[key] = _Watch(view, self, key)
+                self._keep(key, view)
             return view
 
-    def ended(self, key: tuple[int, int]) -> None:
+    def arrays(self, ranges: Iterable[Range], tensors: Iterable[TensorHeader]) -> list[_Array]:
+        """Views of tensors that lie in the region, as arrays; for array_tensor.
+
+        Of a region either views are taken or arrays.
+
+        Args:
+            ranges: where they lie.
+            tensors: as many, none of them empty. One that is not aligned is viewed as bytes.
+        """
+        found = []
+        with self._lock:
+            for key, tensor in zip(ranges, tensors, strict=True):
+                array = self._known(key)
+                if array is None:
+                    dtype, shape = _ARRAY_DTYPES[tensor.dtype], tensor.shape
+                    if key[0] % dtype.itemsize:
+                        dtype, shape = _BYTE, (tensor.size_bytes,)
+                    array = np.ndarray(shape, dtype, self.mapping, key[0])
+                    self._keep(key, array)
+                found.append(array)
+        return found
+
+    def _known(self, key: Range) -> Any:
+        watch = self._views.get(key)
+        return None if watch is None else watch()
+
+    def _keep(self, key: Range, view: memoryview | _Array) -> None:
+        watch = _Watch(view, _end)
+        watch.region = self
+        watch.key = key
+        self._views[key] = watch
+        self._viewed.add(self)
+
+    def ended(self, key: Range) -> None:
         """Called when a view of a range has ended."""
         with self._lock:
             known = self._views.get(key)
@@ -72,6 +144,8 @@ class Region:
                 # Somebody has taken the range again meanwhile.
                 return
             del self._views[key]
+            if not self._views:
+                self._viewed.discard(self)
             self._give_back(*key)
 
     def _give_back(self, begin: int, end: int) -> None:
@@ -87,35 +161,20 @@ class Region:
                 advise(self.address + first, last - first, mmap.MADV_DONTNEED)
 
 
-class _Watch(ref[memoryview]):
-    """Waits for the end of a view, and keeps its region until then.
+class _Watch(ref[Any]):
+    """Waits for the end of a view.
 
-    What weakref.finalize does, at half the cost: a model has hundreds.
+    What weakref.finalize does, at a fraction of the cost: a model has hundreds.
     """
 
     __slots__ = ("key", "region")
 
     region: Region
-    key: tuple[int, int]
-
-    def __new__(cls, view: memoryview, region: Region, key: tuple[int, int]) -> Self:
-        watch = super().__new__(cls, view, _end)
-        watch.region = region
-        watch.key = key
-        _watches[id(watch)] = watch
-        return watch
-
-    def __init__(self, view: memoryview, region: Region, key: tuple[int, int]) -> None:
-        """All is done in __new__."""
+    key: Range
 
 
-_watches: dict[int, _Watch] = {}
-
-
-def _end(watch: ref[memoryview], watches: dict[int, _Watch] = _watches) -> None:
-    # As an argument, because names of modules are gone when the interpreter ends.
-    watches.pop(id(watch))
-    assert isinstance(watch, _Watch)
+def _end(watch: Any) -> None:
+    # Nothing of the module's: its names are gone when the interpreter ends.
     watch.region.ended(watch.key)
 
 
@@ -140,3 +199,9 @@ def tensor_over(view: memoryview, tensor: TensorHeader) -> torch.Tensor:
     """A tensor whose storage is a view of memory, and keeps that view."""
     flat = torch.frombuffer(view, dtype=TORCH_DTYPES[tensor.dtype])
     return flat if len(tensor.shape) == 1 else flat.view(tensor.shape)
+
+
+def array_tensor(array: _Array, tensor: TensorHeader) -> torch.Tensor:
+    """The same over one of a region's arrays that is aligned; it takes a third of the time."""
+    base = torch.from_numpy(array)
+    return base.view(TORCH_DTYPES[tensor.dtype]) if tensor.dtype in _OTHERWISE_TYPED else base

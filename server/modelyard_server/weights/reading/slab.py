@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
@@ -19,6 +20,8 @@ from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defin
 from modelyard_server.runtimes.api import LoadCancelled, StopCheck
 from modelyard_server.weights.mapping import TORCH_DTYPES, open_checked
 from modelyard_server.weights.model_files import FolderLike
+from modelyard_server.weights.origin import Origin
+from modelyard_server.weights.reading.accelerators import pinned_memory, synchronize
 from modelyard_server.weights.reading.api import (
     Allocation,
     FilePart,
@@ -28,8 +31,10 @@ from modelyard_server.weights.reading.api import (
     check_unchanged,
     empty_tensor,
     layout,
+    origin_of,
     read_into,
 )
+from modelyard_server.weights.reading.copied import Room, copy_room
 from modelyard_server.weights.safetensors_files import FileHeader
 
 __all__ = ["SlabReader"]
@@ -37,6 +42,7 @@ __all__ = ["SlabReader"]
 _ALIGNMENT_BYTES = 256
 _BUFFERS = 4
 _STOP_CHECK_S = 0.05
+_NOTHING: Mapping[str, Room] = MappingProxyType({})
 
 
 class SlabReader:
@@ -62,8 +68,9 @@ class SlabReader:
         position: int,
         torch_device: str,
         stop: StopCheck,
+        kept: Mapping[str, Room] = _NOTHING,
     ) -> Reading:
-        """See Reader."""
+        """See Reader. Tensors that are in `kept`, by identity, are copied from there instead."""
         placed = {
             tensor.name: Placed(base=empty_tensor(tensor, torch_device))
             for part in parts
@@ -73,17 +80,18 @@ class SlabReader:
         files, size_bytes = layout(parts, alignment=_ALIGNMENT_BYTES)
         if not files:
             return Reading(placed=placed)
-        with self._my_turn(stop):
+        is_read = any(piece.tensor.identity not in kept for _, pieces in files for piece in pieces)
+        with self._my_turn(stop) if is_read else contextlib.nullcontext():
             # Not while others have their turn: what waits holds nothing.
             slab = torch.empty(size_bytes, dtype=torch.uint8, device=torch_device)
-            self._fill(slab, packs, files, stop)
+            origin = self._fill(slab, packs, files, stop, kept)
         allocation = Allocation()
         for _, pieces in files:
             for piece in pieces:
                 placed[piece.tensor.name] = Placed(
                     base=_tensor_in(slab, piece), allocation=allocation
                 )
-        return Reading(placed=placed)
+        return Reading(placed=placed, origin=origin)
 
     def trim(self) -> None:
         """Gives the staging buffers back, unless they are in use."""
@@ -109,24 +117,25 @@ class SlabReader:
         packs: FolderLike,
         files: Sequence[tuple[FileHeader, Sequence[Piece]]],
         stop: StopCheck,
-    ) -> None:
+        kept: Mapping[str, Room],
+    ) -> Origin:
         writer = _Writer(slab, self._ring, self._buffer_bytes)
+        origin = Origin()
         try:
             for header, pieces in files:
-                with open_checked(packs, header) as file:
-                    for piece in pieces:
-                        offset = header.data_start + piece.tensor.begin
-                        at = piece.begin
-                        while at < piece.end:
-                            target = writer.room(at, piece.end - at)
-                            read_into(file, header.name, target, offset=offset, stop=stop)
-                            at += len(target)
-                            offset += len(target)
-                    check_unchanged(file, header.name)
+                filed = [piece for piece in pieces if piece.tensor.identity not in kept]
+                if filed:
+                    origin += _read_pieces(writer, packs, header, filed, stop)
+                for piece in pieces:
+                    room = kept.get(piece.tensor.identity)
+                    if room is not None:
+                        copy_room(room, slab[piece.begin : piece.end], stop)
+                        origin += Origin(copied_bytes=room.size_bytes)
             writer.flush()
         finally:
             # Also after an error: what is on its way goes to memory that is about to be freed.
-            _synchronize(slab.device)
+            synchronize(slab.device)
+        return origin
 
 
 @dataclass(slots=True, eq=False)
@@ -177,10 +186,10 @@ class _Writer:
         """Where to put what belongs to a place in the allocation, or the beginning of it.
 
         Args:
-            begin: of the place, which is the end of the last one.
+            begin: of the place; not before the end of the last one.
             size_bytes: of it.
         """
-        if self._current is None or begin - self._begin >= self._buffer_bytes:
+        if self._current is None or begin != self._end or begin - self._begin >= self._buffer_bytes:
             self.flush()
             self._current = self._next()
             self._begin = begin
@@ -206,14 +215,32 @@ class _Writer:
         return staging
 
 
+def _read_pieces(
+    writer: _Writer,
+    packs: FolderLike,
+    header: FileHeader,
+    pieces: Sequence[Piece],
+    stop: StopCheck,
+) -> Origin:
+    with open_checked(packs, header) as file:
+        origin = origin_of(file.descriptor, header, [piece.tensor for piece in pieces])
+        for piece in pieces:
+            offset = header.data_start + piece.tensor.begin
+            at = piece.begin
+            while at < piece.end:
+                target = writer.room(at, piece.end - at)
+                read_into(file, header.name, target, offset=offset, stop=stop)
+                at += len(target)
+                offset += len(target)
+        check_unchanged(file, header.name)
+    return origin
+
+
 def _staging_memory(size_bytes: int, device: torch.device) -> tuple[torch.Tensor, bool]:
     """Host memory, and whether it is pinned for a device."""
-    if _is_accelerator(device):
-        try:
-            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True), True
-        except RuntimeError:
-            # Not every backend can, and not every system lets a process lock so much.
-            pass
+    pinned = pinned_memory(size_bytes, device)
+    if pinned is not None:
+        return pinned, True
     return torch.empty(size_bytes, dtype=torch.uint8), False
 
 
@@ -225,13 +252,3 @@ def _tensor_in(slab: torch.Tensor, piece: Piece) -> torch.Tensor:
     with contextlib.suppress(RuntimeError, ValueError, BufferError):
         part = from_dlpack(to_dlpack(part))
     return part.view(TORCH_DTYPES[piece.tensor.dtype]).view(piece.tensor.shape)
-
-
-def _synchronize(device: torch.device) -> None:
-    if _is_accelerator(device):
-        torch.accelerator.synchronize(device)
-
-
-def _is_accelerator(device: torch.device) -> bool:
-    current = torch.accelerator.current_accelerator()
-    return current is not None and current.type == device.type
