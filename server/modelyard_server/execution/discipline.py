@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -80,9 +81,10 @@ def warm_thread(threads: int) -> None:
         ValueError: fewer.
     """
     _check(threads)
-    torch = sys.modules.get("torch")
-    if torch is None:
+    if "torch" not in sys.modules:
         return
+    # Somebody may be importing it right now: this waits until it is whole.
+    torch = importlib.import_module("torch")
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     functional = torch.nn.functional

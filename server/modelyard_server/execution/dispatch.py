@@ -7,10 +7,10 @@ computes cannot be stopped, and a model that is being used must not be unloaded.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from modelyard_server.errors import Reason, Refusal
-from modelyard_server.execution.engine import Engine, RunOutcome, Work
+from modelyard_server.execution.engine import Engine, RunOutcome, Work, nobody
 from modelyard_server.residency.shell import Lease
 from modelyard_server.runtimes.api import JsonValue
 from modelyard_server.runtimes.tensors import TensorValue
@@ -24,6 +24,7 @@ async def run_leased(
     inputs: Sequence[TensorValue],
     parameters: Mapping[str, JsonValue],
     timeout_s: float,
+    client: Callable[[], str] = nobody,
 ) -> tuple[TensorValue, ...]:
     """Runs a request and returns its outputs. Takes the lease over: it is given back in any case.
 
@@ -33,6 +34,7 @@ async def run_leased(
         inputs: of the request.
         parameters: of this run.
         timeout_s: how long the caller will wait.
+        client: says whose request it is; see Engine.run.
 
     Raises:
         Refusal: DEADLINE_IN_RUN. The work is counted until it ends.
@@ -43,7 +45,7 @@ async def run_leased(
     """
     pending = _Pending(lease)
     try:
-        work = engine.run(lease.handle.core_id, inputs, parameters, pending.settle)
+        work = engine.run(lease.handle.core_id, inputs, parameters, pending.settle, client)
     except BaseException:
         lease.release()
         raise
@@ -72,6 +74,8 @@ class _Pending:
         self.waiter: asyncio.Future[None] | None = None
 
     def settle(self, outcome: RunOutcome | None) -> None:
+        if isinstance(outcome, tuple):
+            self._lease.handle.finished_runs += 1  # Speaks for the model when a worker dies.
         self._lease.release()
         self.outcome = outcome
         self.settled = True

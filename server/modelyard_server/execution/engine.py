@@ -13,20 +13,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from modelyard_server.runtimes.api import JsonValue, ModelSpec, Price
+from modelyard_server.runtimes.api import JsonValue, LoadSource, ModelSpec, Price
 from modelyard_server.runtimes.targets import Target
 from modelyard_server.runtimes.tensors import TensorValue
+from modelyard_server.weights.activation_model import ActivationPoint
 
 __all__ = [
     "DeviceMemory",
     "Engine",
     "EngineDevice",
+    "Loaded",
     "ModelFailed",
     "OnLost",
+    "OnMeasured",
     "RunOutcome",
+    "Unloaded",
     "Work",
     "WorkerDeath",
     "WorkerLost",
+    "nobody",
 ]
 
 
@@ -65,6 +70,41 @@ class DeviceMemory:
     peak_measured_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What became of a load.
+
+    Attributes:
+        own_bytes: bytes that are really the model's own, by position of the device: what it holds
+            without the tensors of LoadedModel.shared_bytes.
+        source: where the weights came from.
+    """
+
+    own_bytes: Mapping[int, int]
+    source: LoadSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unloaded:
+    """What became of an unload.
+
+    Attributes:
+        freed: by position of each device the model was on, the bytes that are measurably back: all
+            that it held there, shared tensors included whoever else holds them, or 0 if any of it
+            is still held in its name; see recheck.
+        kept_bytes: what its copy holds beside its price's shared tensors, all of which the copy
+            holds too; None if there is no copy.
+        keep_s: how long making the copy took.
+        refused_bytes: what a copy would have held beside them, which was more than it was allowed:
+            there is none.
+    """
+
+    freed: Mapping[int, int]
+    kept_bytes: int | None = None
+    keep_s: float = 0.0
+    refused_bytes: int | None = None
+
+
 class ModelFailed(Exception):
     """The model raised while it ran.
 
@@ -99,13 +139,16 @@ class WorkerDeath:
         worker: what it is called in the log.
         models: the yard's ids of those that were loaded in it; each is still to be unloaded, which
             answers at once.
-        suspects: ids of those that were running or being loaded at that moment; of the one that is
-            to blame alone, where that is known.
+        copies: the yard's ids of those of whom it kept a copy; these go with it, and there is
+            nothing to be dropped: drop_copy waits until its process is over, and answers True.
+        suspects: ids of those that were running, or being loaded or copied at that moment; of the
+            one that is to blame alone, where that is known.
         cause: why, for people.
     """
 
     worker: str
     models: frozenset[int]
+    copies: frozenset[int]
     suspects: tuple[int, ...]
     cause: str
 
@@ -113,8 +156,16 @@ class WorkerDeath:
 OnLost = Callable[[WorkerDeath], None]
 """Called on the event loop when a worker has died, before the outcomes of what ran there are."""
 
+OnMeasured = Callable[[int, Sequence[ActivationPoint]], None]
+"""Called on the event loop when a run of a model has been measured, before its outcome."""
+
 RunOutcome = tuple[TensorValue, ...] | BaseException
 """Outputs, or TensorError, OptionError, ModelFailed or WorkerLost."""
+
+
+def nobody() -> str:
+    """The client of a request of which that is not known."""
+    return ""
 
 
 class Work(Protocol):
@@ -156,12 +207,11 @@ class Engine(Protocol):
     async def price(self, spec: ModelSpec) -> Price:
         """Says what a model costs, from its files' headers. Raises ModelFilesError."""
 
-    async def load(self, model: int, spec: ModelSpec, target: Target) -> Mapping[int, int]:
-        """Brings a model onto its devices.
+    async def load(self, model: int, spec: ModelSpec, target: Target) -> Loaded:
+        """Brings a model onto its devices, from a copy of its weights where the engine keeps one.
 
         Returns:
-            Bytes that are really its own, by position of the device: what it holds without the
-            tensors of LoadedModel.shared_bytes.
+            What it holds, and where that came from.
 
         Raises:
             ModelFilesError: its files are not what they should be.
@@ -172,13 +222,28 @@ class Engine(Protocol):
     def cancel_load(self, model: int) -> None:
         """Asks a load to stop. No effect on a model that is not being loaded."""
 
-    async def unload(self, model: int) -> Mapping[int, int]:
+    async def unload(
+        self, model: int, *, keep: bool = False, most_bytes: int | None = None
+    ) -> Unloaded:
         """Drops a model and waits until its memory is back.
 
+        Args:
+            model: a loaded model that nobody uses.
+            keep: copy its weights to host memory before; it is dropped also if that cannot be done.
+                The engine keeps at most one copy of a model: an older one must have been dropped.
+            most_bytes: what the copy may hold beside its shared tensors; a larger one is not kept.
+                Copies are whole pages: no more than that can make one larger than its model.
+
+        Raises:
+            ValueError: there is an older copy, or memory of one. Nothing was done.
+        """
+
+    async def drop_copy(self, model: int) -> bool:
+        """Drops the copy that an unload has kept, and waits for a while until its memory is back.
+
         Returns:
-            By position of each device it was on, the bytes that are measurably back: all that it
-            held there, shared tensors included whoever else holds them, or 0 if any of it is still
-            held in its name; see recheck.
+            True if it is; False if somebody still reads from it, or if an unload is still making
+            it. To be asked again then: a copy that there is none of is back.
         """
 
     async def recheck(self, model: int) -> Mapping[int, int]:
@@ -194,8 +259,9 @@ class Engine(Protocol):
         inputs: Sequence[TensorValue],
         parameters: Mapping[str, JsonValue],
         on_done: Callable[[RunOutcome | None], None],
+        client: Callable[[], str] = nobody,
     ) -> Work:
-        """Runs a model on the lane of its home device.
+        """Runs a model on the lane of its home device, alone or with others that wait for it.
 
         Args:
             model: a loaded model; it must not be unloaded before on_done.
@@ -203,10 +269,15 @@ class Engine(Protocol):
             parameters: of this run.
             on_done: called on the loop, once, when the work has really ended, with the outputs or
                 the error; with None if it was abandoned before it began.
+            client: says whose request it is, any text. Requests that wait for the same model take
+                turns by it. Asked here and now, or not at all.
         """
 
     def set_budget(self, device: int, budget_bytes: int) -> None:
         """A device may hold so much from now on: what holds models to it is to know."""
+
+    def set_copies_budget(self, budget_bytes: int) -> None:
+        """All copies may hold so much from now on, 0 before: what holds them to it is to know."""
 
     @property
     def pids(self) -> Mapping[str, int]:
@@ -214,3 +285,7 @@ class Engine(Protocol):
 
     def memory(self, device: int) -> DeviceMemory:
         """What is measured on a device."""
+
+    @property
+    def copies(self) -> DeviceMemory:
+        """What is measured in the copies that are kept, in all processes together."""

@@ -7,6 +7,7 @@ memory, torch's for the memory of an accelerator.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import sys
 from collections.abc import Iterable
@@ -31,9 +32,10 @@ def give_back_freed(torch_devices: Iterable[str]) -> None:
     """
     _give_back_pages()
     types = {name.partition(":")[0] for name in torch_devices} - _HOST
-    torch = sys.modules.get("torch")
-    if torch is None:
+    if "torch" not in sys.modules:
         return
+    # Somebody may be importing it right now: this waits until it is whole.
+    torch = importlib.import_module("torch")
     for device_type in sorted(types):
         _empty_cache(torch, device_type)
 

@@ -1,4 +1,6 @@
-"""A lane: one worker that runs what is to run there, in order. Every device has one for its models.
+"""A lane: one worker that runs what is to run there, in turn. Every device has one for its models.
+
+What may run together does; see batcher.py. All else runs by itself, in the order it came.
 
 A lane is a thread, because what it runs is C++ code that gives up the interpreter's lock. Work goes
 in from the event loop and its outcome comes back there. Both ways are batched: the thread takes
@@ -13,22 +15,89 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
-__all__ = ["Lane", "LaneJob"]
+from modelyard_server.execution.batcher import BatchLimits, Ended, Line, Taken
+from modelyard_server.runtimes.api import Prepared
+
+__all__ = ["Lane", "LaneFigures", "LaneJob", "Seat", "Together"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
+_ALONE: Final = BatchLimits(most_rows=1)
+
+
+class Together(Protocol):
+    """Runs jobs of one kind together. In the lane's thread only. Its methods are not to raise."""
+
+    def prepare(self) -> Prepared | BaseException | None:
+        """Makes one job ready.
+
+        Returns:
+            None if it runs alone; an error, not raised, if that is what the job comes to.
+        """
+
+    def run_batch(self, requests: Sequence[Prepared]) -> Sequence[Any | BaseException]:
+        """Runs several that prepare has returned: of each what it came to, in order.
+
+        Errors among them are not to hold the frames that they were raised in.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """Where in the line a job belongs.
+
+    Attributes:
+        group: of the jobs that may run together.
+        client: whose it is; empty if that is not known. Clients of a group take turns.
+        together: makes this job ready, and runs others of its group with it.
+    """
+
+    group: Hashable
+    client: str
+    together: Together
+
+
+@dataclass(slots=True)
+class LaneFigures:
+    """What a lane has run.
+
+    Attributes:
+        batch_count: runs that requests could share, those included that one had for itself.
+        request_count: requests that were in them.
+        row_count: their rows.
+    """
+
+    batch_count: int = 0
+    request_count: int = 0
+    row_count: int = 0
+
+    def add(self, other: LaneFigures) -> None:
+        """Adds those of another lane."""
+        self.batch_count += other.batch_count
+        self.request_count += other.request_count
+        self.row_count += other.row_count
+
+
 class LaneJob:
     """A piece of work and what became of it.
 
+    Args:
+        run: what the lane's thread calls if it runs alone.
+        on_done: see below.
+        seat: where it belongs; None to run alone, in the order in which it came.
+
     Attributes:
         run: what the lane's thread calls; None afterwards, so that a finished job holds no model.
+        seat: where it belongs; None afterwards.
+        prepared: what is known of it once the lane has looked at it; None afterwards.
         on_done: called on the event loop, once, when the work has really ended or was dropped.
         result: what run returned, once done.
         error: what run raised, once done. Its traceback is kept for the log; whoever is done with
@@ -36,10 +105,28 @@ class LaneJob:
         dropped: True if it never ran.
     """
 
-    __slots__ = ("_wanted", "dropped", "error", "on_done", "result", "run")
+    __slots__ = (
+        "_wanted",
+        "dropped",
+        "error",
+        "is_looked_at",
+        "on_done",
+        "prepared",
+        "result",
+        "run",
+        "seat",
+    )
 
-    def __init__(self, run: Callable[[], Any], on_done: Callable[[LaneJob], None]) -> None:
+    def __init__(
+        self,
+        run: Callable[[], Any],
+        on_done: Callable[[LaneJob], None],
+        seat: Seat | None = None,
+    ) -> None:
         self.run: Callable[[], Any] | None = run
+        self.seat = seat
+        self.prepared: Prepared | None = None
+        self.is_looked_at = False
         self.on_done = on_done
         self.result: Any = None
         self.error: BaseException | None = None
@@ -57,19 +144,27 @@ class LaneJob:
 
 
 class Lane:
-    """A thread that runs jobs one at a time, in the order they were given.
+    """A thread that runs jobs, one or one batch at a time.
 
     Invariants: every submitted job's on_done is called exactly once, on the loop, also when the
-        lane
-    stops. Submit only from the loop's thread.
+    lane stops. Jobs without a seat run in the order in which they were given. Submit only from the
+    loop's thread.
 
     Args:
         name: of the thread, for people who look at stacks.
         loop: where outcomes go.
+        limits: of batches; None for none: every job runs alone.
+
+    Attributes:
+        figures: what it has run; written by its thread alone.
     """
 
-    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, name: str, loop: asyncio.AbstractEventLoop, limits: BatchLimits | None = None
+    ) -> None:
         self._loop = loop
+        self._limits = limits or _ALONE
+        self.figures = LaneFigures()
         self._jobs: SimpleQueue[LaneJob | None] = SimpleQueue()
         self._done: deque[LaneJob] = deque()
         self._delivering = False
@@ -78,7 +173,7 @@ class Lane:
         self._thread.start()
 
     def submit(self, job: LaneJob) -> None:
-        """Queues a job behind the others."""
+        """Puts a job at the end of the line."""
         self._unfinished += 1
         self._jobs.put(job)
 
@@ -137,16 +232,55 @@ class Lane:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        take = self._jobs.get
-        while (job := take()) is not None:
-            _run(job)
-            self._done.append(job)
-            # The loop clears the flag before it takes outcomes, so one that is appended after the
-            # flag was seen set is taken all the same.
-            if not self._delivering:
-                self._delivering = True
-                self._loop.call_soon_threadsafe(self._deliver)
-            del job  # Or its result would live until the next job comes.
+        line: Line[LaneJob] = Line(self._limits)
+        is_stopping = False
+        while True:
+            # Nothing of the last jobs may live in here while it waits for the next one.
+            is_stopping = self._let_in(line, waits=not (line or is_stopping)) or is_stopping
+            if not line:
+                if is_stopping:
+                    return
+                continue
+            self._run_next(line)
+
+    def _let_in(self, line: Line[LaneJob], *, waits: bool) -> bool:
+        """Lets those into the line that have come. Returns True if there are none to come."""
+        jobs = self._jobs
+        is_last = False
+        for _ in range(max(jobs.qsize(), 1 if waits else 0)):
+            job = jobs.get()
+            if job is None:
+                is_last = True
+            elif job.seat is None:
+                line.add(job, job, "")
+            else:
+                line.add(job, job.seat.group, job.seat.client)
+        return is_last
+
+    def _run_next(self, line: Line[LaneJob]) -> None:
+        taken = line.take(_look)
+        if taken.ended:
+            self._tell(taken.ended)
+        if taken.prepared:
+            _run_together(taken)
+            self.figures.batch_count += 1
+            self.figures.request_count += len(taken.batch)
+            self.figures.row_count += sum(request.rows for request in taken.prepared)
+        else:
+            for job in taken.batch:
+                _run(job)
+                del job
+        if taken.batch:
+            self._tell(taken.batch)
+        del taken  # An error that was raised in a job remembers this frame.
+
+    def _tell(self, jobs: Sequence[LaneJob]) -> None:
+        self._done.extend(jobs)
+        # The loop clears the flag before it takes outcomes, so one that is appended after the
+        # flag was seen set is taken all the same.
+        if not self._delivering:
+            self._delivering = True
+            self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         self._delivering = False
@@ -161,7 +295,8 @@ class Lane:
 
 
 def _run(job: LaneJob) -> None:
-    run, job.run = job.run, None
+    run = job.run
+    _let_go(job)
     if not job.wanted or run is None:
         job.dropped = True
         return
@@ -169,3 +304,45 @@ def _run(job: LaneJob) -> None:
         job.result = run()
     except BaseException as error:  # the lane's edge: it becomes the job's outcome
         job.error = error
+
+
+def _look(job: LaneJob) -> Prepared | Ended | None:
+    """Prepares a job that comes up. It is over if nobody wants it, or if it cannot be prepared."""
+    if not job.wanted:
+        job.dropped = True
+        _let_go(job)
+        return Ended.ENDED
+    if job.seat is None:
+        return None
+    if not job.is_looked_at:
+        job.is_looked_at = True
+        prepared = job.seat.together.prepare()
+        if isinstance(prepared, BaseException):
+            job.error = prepared
+            _let_go(job)
+            return Ended.ENDED
+        job.prepared = prepared
+    return job.prepared
+
+
+def _run_together(taken: Taken[LaneJob]) -> None:
+    seat = taken.batch[0].seat
+    assert seat is not None  # Only those with a seat are prepared.
+    for job in taken.batch:
+        _let_go(job)
+    try:
+        outcomes = seat.together.run_batch(taken.prepared)
+    except BaseException as error:  # the lane's edge: whoever's mistake it is, the lane lives
+        outcomes = [error.with_traceback(None)] * len(taken.batch)
+    for job, outcome in zip(taken.batch, outcomes, strict=True):
+        if isinstance(outcome, BaseException):
+            job.error = outcome
+        else:
+            job.result = outcome
+
+
+def _let_go(job: LaneJob) -> None:
+    """Whoever holds a job that is over holds no model by it."""
+    job.run = None
+    job.seat = None
+    job.prepared = None

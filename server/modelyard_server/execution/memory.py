@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from modelyard_server.execution.engine import DeviceMemory
-from modelyard_server.runtimes.api import LoadedModel, Witness
+from modelyard_server.runtimes.api import LoadedModel, LoadSource, Witness
 from modelyard_server.runtimes.frames import forget_frames
 
 __all__ = ["HeldModel", "Leak", "MeasuredMemory", "drop"]
@@ -70,13 +70,17 @@ class HeldModel:
     """A model that is in memory.
 
     Attributes:
+        name: for people.
         home: position of the device whose lane runs it.
+        source: where its weights came from.
         sizes: bytes it holds, by position of the device.
         shared: what of them it holds together with others: by position, then by identity.
         loaded: the model; deleted by drop.
     """
 
+    name: str
     home: int
+    source: LoadSource = LoadSource.STORAGE
     sizes: Mapping[int, int]
     shared: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     loaded: LoadedModel

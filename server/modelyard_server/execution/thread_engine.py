@@ -16,27 +16,35 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from modelyard_server.execution.batcher import BatchLimits
+from modelyard_server.execution.copies import Copies, MadeCopy
 from modelyard_server.execution.discipline import warm_threads
 from modelyard_server.execution.engine import (
     DeviceMemory,
     EngineDevice,
-    ModelFailed,
+    Loaded,
+    OnMeasured,
     RunOutcome,
+    Unloaded,
     Work,
+    nobody,
 )
 from modelyard_server.execution.freed_memory import give_back_freed
-from modelyard_server.execution.lane import Lane, LaneJob
+from modelyard_server.execution.lane import Lane, LaneFigures, LaneJob, Seat
 from modelyard_server.execution.memory import HeldModel, Leak, MeasuredMemory, drop
+from modelyard_server.execution.model_runs import (
+    ModelRun,
+    is_out_of_memory,
+    outcome_of,
+    set_threads,
+)
 from modelyard_server.execution.transfer_pace import TransferPace
 from modelyard_server.runtimes.api import (
     JsonValue,
-    LoadedModel,
     ModelFilesError,
     ModelSpec,
     OptionError,
@@ -45,7 +53,7 @@ from modelyard_server.runtimes.api import (
 )
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.targets import DISK, Place, Target
-from modelyard_server.runtimes.tensors import TensorError, TensorValue
+from modelyard_server.runtimes.tensors import TensorValue
 
 __all__ = ["ThreadEngine"]
 
@@ -61,6 +69,11 @@ class ThreadEngine:
         devices: by their position in the yard.
         runtimes: by name.
         pace: how fast loads may be; default: as the devices say.
+        copies: where copies of weights are kept; default: its own.
+        batches: limits of what the lanes run at one time; default: those of BatchLimits.
+
+    Attributes:
+        on_measured: is told what runs took that were measured; None for nobody. Must not raise.
     """
 
     def __init__(
@@ -69,15 +82,20 @@ class ThreadEngine:
         devices: Sequence[EngineDevice],
         runtimes: Mapping[str, Runtime],
         pace: TransferPace | None = None,
+        copies: Copies | None = None,
+        batches: BatchLimits | None = None,
     ) -> None:
         self._devices = tuple(devices)
         self._runtimes = runtimes
+        self.on_measured: OnMeasured | None = None
         self._pace = pace or TransferPace([device.transfer_bytes_per_s for device in devices])
         # By position. The disk has none.
         self._lanes: dict[int, Lane] = {}
         self._loaders: dict[int, Lane] = {}
         self._memory = [MeasuredMemory() for _ in devices]
         self._held: dict[int, HeldModel] = {}
+        self._copies = copies or Copies()
+        self._batches = batches or BatchLimits()
         self._leaks: dict[int, list[Leak]] = {}
         self._stops: dict[int, threading.Event] = {}
         # Of their own, so that looking at one model's files does not wait for another's load; and
@@ -89,8 +107,9 @@ class ThreadEngine:
         loop = asyncio.get_running_loop()
         for position, device in enumerate(self._devices):
             if device.torch_device != DISK:
-                self._lanes[position] = Lane(f"lane-{device.name}", loop)
+                self._lanes[position] = Lane(f"lane-{device.name}", loop, self._batches)
                 self._loaders[position] = Lane(f"load-{device.name}", loop)
+        self._copies.start()
         self._pricers += [Lane(f"price-{i}", loop) for i in range(_PRICERS)]
         for name in runtimes:
             if name not in self._runtimes:
@@ -104,7 +123,10 @@ class ThreadEngine:
         for stop in self._stops.values():
             stop.set()
         threads = (*self._lanes.values(), *self._loaders.values(), *self._pricers)
-        ended = await asyncio.gather(*(lane.stop(timeout_s) for lane in threads))
+        self._copies.begin_stop()
+        ended = await asyncio.gather(
+            *(lane.stop(timeout_s) for lane in threads), self._copies.stop(timeout_s)
+        )
         for held in self._held.values():
             held.loaded.close()
         self._held.clear()
@@ -139,7 +161,7 @@ class ThreadEngine:
             kind = type(error.__cause__ or error).__name__
             raise ModelFilesError(f"its runtime raised {kind} when it was priced") from None
 
-    async def load(self, model: int, spec: ModelSpec, target: Target) -> Mapping[int, int]:
+    async def load(self, model: int, spec: ModelSpec, target: Target) -> Loaded:
         """See Engine.
 
         Raises:
@@ -157,17 +179,23 @@ class ThreadEngine:
         finally:
             del self._stops[model]
         self._held[model] = held
-        return held.own_sizes
+        return Loaded(own_bytes=held.own_sizes, source=held.source)
 
     def cancel_load(self, model: int) -> None:
         """See Engine."""
         if (stop := self._stops.get(model)) is not None:
             stop.set()
 
-    async def unload(self, model: int) -> Mapping[int, int]:
+    async def unload(
+        self, model: int, *, keep: bool = False, most_bytes: int | None = None
+    ) -> Unloaded:
         """See Engine."""
-        held = self._held.pop(model)
-        leaks = await self._loaders[held.home].call(partial(self._drop, held))
+        held = self._held[model]
+        if keep:
+            self._copies.begin(model)
+        del self._held[model]
+        unload = partial(self._unload, model, held, keep, most_bytes)
+        made, leaks = await self._loaders[held.home].call(unload)
         back = dict(held.sizes)
         if leaks:
             self._leaks.setdefault(model, []).extend(leaks)
@@ -176,7 +204,15 @@ class ThreadEngine:
         for device, own_bytes in held.own_sizes.items():
             if device not in leaking:
                 self._memory[device].take_off(own_bytes, held.shared.get(device, {}))
-        return back
+        if made is None:
+            return Unloaded(freed=back)
+        if not made.is_kept:
+            return Unloaded(freed=back, refused_bytes=made.own_bytes)
+        return Unloaded(freed=back, kept_bytes=made.own_bytes, keep_s=made.keep_s)
+
+    async def drop_copy(self, model: int) -> bool:
+        """See Engine."""
+        return await self._copies.drop(model)
 
     async def recheck(self, model: int) -> Mapping[int, int]:
         """See Engine."""
@@ -204,6 +240,7 @@ class ThreadEngine:
         inputs: Sequence[TensorValue],
         parameters: Mapping[str, JsonValue],
         on_done: Callable[[RunOutcome | None], None],
+        client: Callable[[], str] = nobody,
     ) -> Work:
         """See Engine."""
         held = self._held[model]
@@ -212,9 +249,10 @@ class ThreadEngine:
             if job.dropped:
                 on_done(None)
             elif job.error is None:
+                self._tell_measured(model)
                 on_done(job.result)
             else:
-                on_done(_outcome_of(job.error))
+                on_done(outcome_of(job.error))
 
         lane = self._lanes[held.home]
         if held.loaded.brief:
@@ -222,21 +260,47 @@ class ThreadEngine:
             lane.submit_brief(job)
         else:
             threads = self._devices[held.home].threads
-            job = LaneJob(partial(_run, held.loaded, threads, inputs, parameters), deliver)
+            run = ModelRun(held.loaded, threads, inputs, parameters)
+            seat = Seat(group=model, client=client(), together=run)
+            job = LaneJob(run.run, deliver, seat)
             lane.submit(job)
         return job
 
+    def _tell_measured(self, model: int) -> None:
+        held = self._held.get(model)
+        if self.on_measured is None or held is None:
+            return
+        points = held.loaded.take_measured()
+        if points:
+            self.on_measured(model, points)
+
     def set_budget(self, device: int, budget_bytes: int) -> None:
         """See Engine. What the yard admits is all that is loaded here."""
+
+    def set_copies_budget(self, budget_bytes: int) -> None:
+        """See Engine. What the yard asks for is all that is kept here."""
 
     @property
     def pids(self) -> Mapping[str, int]:
         """See Engine: there are none."""
         return {}
 
+    @property
+    def figures(self) -> LaneFigures:
+        """What all lanes have run together."""
+        figures = LaneFigures()
+        for lane in self._lanes.values():
+            figures.add(lane.figures)
+        return figures
+
     def memory(self, device: int) -> DeviceMemory:
         """See Engine."""
         return self._memory[device].read()
+
+    @property
+    def copies(self) -> DeviceMemory:
+        """See Engine."""
+        return self._copies.read()
 
     def _runtime(self, spec: ModelSpec) -> Runtime:
         try:
@@ -250,18 +314,18 @@ class ThreadEngine:
     def _load(self, spec: ModelSpec, target: Target, stop: threading.Event) -> HeldModel:
         names = {device: self._devices[device].torch_device for device in target.devices}
         try:
-            _set_threads(1)
+            set_threads(1)
             held = self._load_at_pace(spec, Place(target=target, torch_devices=names), stop)
         except BaseException as error:
             # The frames of the traceback hold what was loaded so far.
             forget_frames(error)
-            is_out_of_memory = _is_out_of_memory(error)
-            if is_out_of_memory:
+            was_out_of_memory = is_out_of_memory(error)
+            if was_out_of_memory:
                 # What was loaded so far has no witnesses yet, and a module that is half spread over
                 # devices may be a cycle; it must be gone before somebody asks again.
                 gc.collect()
             give_back_freed(names.values())
-            if is_out_of_memory:
+            if was_out_of_memory:
                 raise MemoryError from None
             raise
         for device, own_bytes in held.own_sizes.items():
@@ -271,8 +335,9 @@ class ThreadEngine:
     def _load_at_pace(self, spec: ModelSpec, place: Place, stop: threading.Event) -> HeldModel:
         began_s = self._pace.now_s()
         loaded = self._runtime(spec).load(spec, place=place, stop=stop.is_set)
-        held = HeldModel(home=place.target.home, sizes={}, loaded=loaded)
+        held = HeldModel(name=spec.name, home=place.target.home, sizes={}, loaded=loaded)
         try:
+            held.source = loaded.source
             held.sizes = dict(loaded.measured_bytes())
             held.shared = loaded.shared_bytes()
             if strange := held.sizes.keys() - place.torch_devices.keys():
@@ -285,46 +350,11 @@ class ThreadEngine:
             raise
         return held
 
-    def _drop(self, held: HeldModel) -> tuple[Leak, ...]:
+    def _unload(
+        self, model: int, held: HeldModel, keep: bool, most_bytes: int | None
+    ) -> tuple[MadeCopy | None, tuple[Leak, ...]]:
+        made = self._copies.make(model, held, most_bytes) if keep else None
         leaks = drop(held)
         back = held.sizes.keys() - {leak.device for leak in leaks}
         give_back_freed([self._devices[device].torch_device for device in back])
-        return leaks
-
-
-def _set_threads(threads: int) -> None:
-    """Sets torch's intra-op threads for work of this thread, where torch is used at all.
-
-    A server of models without torch does not import it: its process stays a tenth of the size.
-    """
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
-
-
-def _run(
-    loaded: LoadedModel,
-    threads: int,
-    inputs: Sequence[TensorValue],
-    parameters: Mapping[str, JsonValue],
-) -> tuple[TensorValue, ...]:
-    _set_threads(threads)
-    return loaded.run(inputs, parameters)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """True for all ways of saying so: torch's class for most accelerators, its text for others."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error) if isinstance(error, RuntimeError) else ""
-    return "can't allocate memory" in text or "backend out of memory" in text
-
-
-def _outcome_of(error: BaseException) -> BaseException:
-    """What the loop gets for what the model raised, without the frames that hold its tensors."""
-    if isinstance(error, TensorError | OptionError):
-        forget_frames(error)
-        return error.with_traceback(None)
-    text = "".join(traceback.format_exception(error))
-    forget_frames(error)
-    return ModelFailed(type(error).__name__, text)
+        return made, leaks

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -75,6 +75,7 @@ class Crew:
         self._budgets = None if budgets is None else list(budgets)
         if self._budgets is not None and len(self._budgets) != len(self._devices):
             raise ValueError("there must be as many budgets as devices")
+        self._copies_budget = 0
         self._on_end = on_end
         self._warm: set[str] = set()
         self._zygote: ZygoteClient | None = None
@@ -155,11 +156,20 @@ class Crew:
             if device in group.devices and (worker := group.keeper.worker) is not None:
                 self._limit_memory(worker, group.devices)
 
-    def _limit_memory(self, worker: WorkerProcess, devices: Iterable[int]) -> None:
+    def set_copies_budget(self, budget_bytes: int) -> None:
+        """Lets each worker of models have as much memory as all copies together may hold."""
+        self._copies_budget = budget_bytes
+        for group in self.groups.values():
+            if (worker := group.keeper.worker) is not None:
+                self._limit_memory(worker, group.devices)
+
+    def _limit_memory(self, worker: WorkerProcess, devices: Collection[int]) -> None:
         if self._budgets is not None:
-            # A disk's budget counts as well: what of it is used is mapped.
+            # A disk's budget counts as well: what of it is used is mapped. And any one worker may
+            # have all of the copies; the one for files has neither models nor copies.
             budgets = sum(self._budgets[device] for device in devices)
-            worker.limit_memory(budgets + self._settings.headroom_bytes)
+            copies = self._copies_budget if devices else 0
+            worker.limit_memory(budgets + copies + self._settings.headroom_bytes)
 
     def _keepers(self) -> list[Keeper]:
         return [self.files, *(group.keeper for group in self.groups.values())]
@@ -175,6 +185,7 @@ class Crew:
         order = {
             "name": name,
             "runtimes": sorted(self._warm),
+            "batches": [self._settings.batches.most_rows, self._settings.batches.most_bytes],
             "devices": [
                 encode_device(device) if position in positions else None
                 for position, device in enumerate(self._devices)

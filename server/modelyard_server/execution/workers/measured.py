@@ -13,7 +13,9 @@ _NOTHING = DeviceMemory(measured_bytes=0, peak_measured_bytes=0)
 
 
 class WorkersMemory:
-    """Measured bytes of each device. What a worker held is gone with it; peaks stay.
+    """Measured bytes of each device, and of all copies.
+
+    What a worker held is gone with it; peaks stay.
 
     Args:
         devices: how many there are.
@@ -21,7 +23,9 @@ class WorkersMemory:
 
     def __init__(self, devices: int) -> None:
         self._workers: list[WorkerProcess] = []
-        self._peaks = [0] * devices
+        # Copies are measured like one more device.
+        self._copies = devices
+        self._peaks = [0] * (devices + 1)
 
     def add(self, worker: WorkerProcess) -> None:
         """A worker is there."""
@@ -41,6 +45,10 @@ class WorkersMemory:
         """What is measured on a device."""
         now = sum(worker.memory.get(device, _NOTHING).measured_bytes for worker in self._workers)
         return DeviceMemory(measured_bytes=now, peak_measured_bytes=max(now, self._peaks[device]))
+
+    def read_copies(self) -> DeviceMemory:
+        """What is measured in the copies of all workers together."""
+        return self.read(self._copies)
 
     def _living(self) -> Sequence[WorkerProcess]:
         return [worker for worker in self._workers if not worker.exited.done()]

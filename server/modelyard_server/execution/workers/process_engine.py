@@ -19,6 +19,7 @@ What a worker says is checked before it is believed: it is the process in which 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,28 +28,35 @@ from typing import Any, TypeVar
 from modelyard_server.execution.engine import (
     DeviceMemory,
     EngineDevice,
+    Loaded,
     ModelFailed,
     OnLost,
+    OnMeasured,
     RunOutcome,
+    Unloaded,
     Work,
     WorkerDeath,
-    WorkerLost,
+    nobody,
 )
+from modelyard_server.execution.workers.answers import (
+    back_of,
+    is_back_of,
+    loaded_of,
+    measured_of,
+    outcome_of,
+    price_of,
+    unloaded_of,
+)
+from modelyard_server.execution.workers.copy_holders import CopyHolders
 from modelyard_server.execution.workers.crew import Crew, Group
 from modelyard_server.execution.workers.framing import MalformedMessage
 from modelyard_server.execution.workers.keeper import Keeper, NoWorker
 from modelyard_server.execution.workers.payload import understand
-from modelyard_server.execution.workers.records import (
-    decode_bytes,
-    decode_price,
-    encode_spec,
-    encode_target,
-    plain,
-)
+from modelyard_server.execution.workers.records import encode_spec, encode_target, plain
 from modelyard_server.execution.workers.settings import RuntimeSource, WorkerSettings
+from modelyard_server.execution.workers.shortages import Shortage, add_sizes, take_off
 from modelyard_server.execution.workers.worker_process import (
     Answer,
-    ModelMissing,
     WorkerEnd,
     WorkerGone,
     WorkerProcess,
@@ -84,14 +92,6 @@ class _Held:
 
     worker: WorkerProcess
     sizes: Mapping[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Short:
-    """Bytes that an unload could not get back."""
-
-    worker: WorkerProcess
-    sizes: dict[int, int]
 
 
 @dataclass(slots=True)
@@ -136,6 +136,7 @@ class ProcessEngine:
 
     Attributes:
         on_lost: is told when a worker of models dies; None for nobody. To be set before start.
+        on_measured: is told what runs took that were measured; None for nobody. Must not raise.
     """
 
     def __init__(
@@ -149,10 +150,12 @@ class ProcessEngine:
         self._devices = tuple(devices)
         self._settings = settings or WorkerSettings()
         self.on_lost: OnLost | None = None
+        self.on_measured: OnMeasured | None = None
         self._runtimes: Mapping[str, Runtime] = source.make()
         self._held: dict[int, _Held] = {}
         self._loading: dict[int, _Loading] = {}
-        self._short: dict[int, list[_Short]] = {}
+        self._short: dict[int, list[Shortage]] = {}
+        self._copies = CopyHolders()
         self._crew = Crew(
             devices=self._devices,
             source=source,
@@ -169,6 +172,10 @@ class ProcessEngine:
     def set_budget(self, device: int, budget_bytes: int) -> None:
         """Lets the worker of a device have as much memory as its budget now says."""
         self._crew.set_budget(device, budget_bytes)
+
+    def set_copies_budget(self, budget_bytes: int) -> None:
+        """Lets each worker of models have as much more memory as copies may hold."""
+        self._crew.set_copies_budget(budget_bytes)
 
     # --- Engine -----------------------------------------------------------------------------------
 
@@ -187,6 +194,7 @@ class ProcessEngine:
         ended = await self._crew.stop(timeout_s)
         self._held.clear()
         self._short.clear()
+        self._copies.clear()
         return ended
 
     def check(self, spec: ModelSpec) -> None:
@@ -216,12 +224,12 @@ class ProcessEngine:
                 if gone.is_suspect:
                     raise _files_error("priced", gone.cause) from None
                 continue
-            price = self._read(worker, partial(_price_of, answer))
+            price = self._read(worker, partial(price_of, answer))
             if price is not None:
                 return price
         raise ModelFilesError("its files could not be looked at now", transient=True)
 
-    async def load(self, model: int, spec: ModelSpec, target: Target) -> Mapping[int, int]:
+    async def load(self, model: int, spec: ModelSpec, target: Target) -> Loaded:
         """See Engine.
 
         Raises:
@@ -233,11 +241,11 @@ class ProcessEngine:
         encoded = _encoded(spec)
         loading = self._loading[model] = _Loading()
         try:
-            own = await self._load(model, encoded, target, group, loading)
+            loaded = await self._load(model, encoded, target, group, loading)
         finally:
             del self._loading[model]
         self._crew.warm_up(runtime)
-        return own
+        return loaded
 
     def cancel_load(self, model: int) -> None:
         """See Engine."""
@@ -247,26 +255,42 @@ class ProcessEngine:
             if loading.worker is not None:
                 loading.worker.tell("cancel", model=model)
 
-    async def unload(self, model: int) -> Mapping[int, int]:
+    async def unload(
+        self, model: int, *, keep: bool = False, most_bytes: int | None = None
+    ) -> Unloaded:
         """See Engine. What was in a worker that has gone is back once its process is over."""
-        held = self._held.pop(model)
-        worker = held.worker
+        held = self._held[model]
+        if keep:
+            self._copies.begin(model)
+        del self._held[model]
+        kept_in: WorkerProcess | None = None
         try:
-            answer = await worker.ask("unload", model=model)
+            unloaded = await self._unload(model, held, keep, most_bytes)
+            if unloaded.kept_bytes is not None:
+                kept_in = held.worker
+        finally:
+            if keep:
+                self._copies.end(model, kept_in)
+        return unloaded
+
+    async def drop_copy(self, model: int) -> bool:
+        """See Engine. What was in a worker that has gone is back once its process is over."""
+        if self._copies.is_being_made(model):
+            return False
+        worker = self._copies.holder(model)
+        if worker is None:
+            return True
+        try:
+            answer = await worker.ask("drop_copy", model=model)
+            is_back = self._read(worker, partial(is_back_of, answer))
         except WorkerGone:
+            is_back = None
+        if is_back is None:
             await asyncio.shield(worker.exited)
-            return dict(held.sizes)
-        back = self._read(worker, lambda: decode_bytes(answer.message["result"], self._count))
-        if back is None or any(size > held.sizes.get(device, 0) for device, size in back.items()):
-            worker.kill("gave back what it did not have")
-            await asyncio.shield(worker.exited)
-            return dict(held.sizes)
-        self._crew.memory.note(worker)
-        short = {device: size - back.get(device, 0) for device, size in held.sizes.items()}
-        short = {device: size for device, size in short.items() if size > 0}
-        if short:
-            self._short.setdefault(model, []).append(_Short(worker, short))
-        return back
+        elif not is_back:
+            return False
+        self._copies.forget(model, worker)
+        return True
 
     async def recheck(self, model: int) -> Mapping[int, int]:
         """See Engine."""
@@ -274,11 +298,11 @@ class ProcessEngine:
         asked: set[WorkerProcess] = set()
         for short in list(self._short.get(model, ())):
             if short.worker.exited.done():
-                _add(back, short.sizes)
+                add_sizes(back, short.sizes)
                 short.sizes.clear()
             elif short.worker not in asked:
                 asked.add(short.worker)
-                _add(back, await self._recheck(model, short.worker))
+                add_sizes(back, await self._recheck(model, short.worker))
         left = [short for short in self._short.pop(model, ()) if short.sizes]
         if left:
             self._short[model] = left
@@ -290,6 +314,7 @@ class ProcessEngine:
         inputs: Sequence[TensorValue],
         parameters: Mapping[str, JsonValue],
         on_done: Callable[[RunOutcome | None], None],
+        client: Callable[[], str] = nobody,
     ) -> Work:
         """See Engine."""
         worker = self._held[model].worker
@@ -297,7 +322,11 @@ class ProcessEngine:
 
         def deliver(outcome: Answer | WorkerGone) -> None:
             run.is_over = True
-            on_done(_outcome_of(outcome))
+            if isinstance(outcome, Answer) and "measured" in outcome.message:
+                points = self._read(worker, partial(measured_of, outcome))
+                if points and self.on_measured is not None:
+                    self.on_measured(model, points)
+            on_done(outcome_of(outcome))
 
         try:
             run.call = worker.call(
@@ -307,9 +336,10 @@ class ProcessEngine:
                 limit_s=self._settings.run_limit_s,
                 tensors=inputs,
                 parameters=plain(parameters) if parameters else {},
+                client=client(),
             )
         except WorkerGone as gone:
-            on_done(_outcome_of(gone))
+            on_done(outcome_of(gone))
             return _Over()
         except ValueError as error:  # Too large to be sent, whoever the model is.
             on_done(ModelFailed("ValueError", str(error)))
@@ -320,6 +350,11 @@ class ProcessEngine:
         """See Engine."""
         return self._crew.memory.read(device)
 
+    @property
+    def copies(self) -> DeviceMemory:
+        """See Engine."""
+        return self._crew.memory.read_copies()
+
     # --- Loads ------------------------------------------------------------------------------------
 
     @property
@@ -328,7 +363,7 @@ class ProcessEngine:
 
     async def _load(
         self, model: int, encoded: Any, target: Target, group: Group, loading: _Loading
-    ) -> Mapping[int, int]:
+    ) -> Loaded:
         for _ in range(_TRIES):
             worker = await _ready(group.keeper)
             if loading.is_cancelled:
@@ -347,21 +382,14 @@ class ProcessEngine:
                 if gone.is_suspect:
                     raise _files_error("loaded", gone.cause) from None
                 continue
-            sizes = self._read(worker, partial(self._sizes_of, answer, target))
-            if sizes is None:
+            read = self._read(worker, partial(loaded_of, answer, target, self._count))
+            if read is None:
                 raise _files_error("loaded", "it did not say what it holds")
-            own, held = sizes
+            loaded, held = read
             self._crew.memory.note(worker)
             self._held[model] = _Held(worker, held)
-            return own
+            return loaded
         raise ModelFilesError("its workers died before its load began", transient=True)
-
-    def _sizes_of(self, answer: Answer, target: Target) -> tuple[dict[int, int], dict[int, int]]:
-        own = decode_bytes(answer.message["result"], self._count)
-        held = decode_bytes(answer.message["held"], self._count)
-        if not own.keys() <= held.keys() <= set(target.devices):
-            raise ValueError("it is on devices it was not given")
-        return own, held
 
     def _group_of(self, spec: ModelSpec, target: Target) -> Group:
         home = target.home
@@ -377,6 +405,32 @@ class ProcessEngine:
                 )
         return group
 
+    async def _unload(
+        self, model: int, held: _Held, keep: bool, most_bytes: int | None
+    ) -> Unloaded:
+        worker = held.worker
+        # Keeping is work like loading: it may fail like that, and is limited like that.
+        limit_s = self._settings.load_limit_s if keep else None
+        unloaded: Unloaded | None = None
+        with contextlib.suppress(WorkerGone):
+            answer = await worker.ask(
+                "unload", model=model, limit_s=limit_s, keep=keep, most_bytes=most_bytes
+            )
+            unloaded = self._read(
+                worker, partial(unloaded_of, answer, held.sizes, keep, self._count, most_bytes)
+            )
+        if unloaded is None:
+            await asyncio.shield(worker.exited)
+            return Unloaded(freed=dict(held.sizes))
+        self._crew.memory.note(worker)
+        short = {
+            device: size - unloaded.freed.get(device, 0) for device, size in held.sizes.items()
+        }
+        short = {device: size for device, size in short.items() if size > 0}
+        if short:
+            self._short.setdefault(model, []).append(Shortage(worker, short))
+        return unloaded
+
     async def _recheck(self, model: int, worker: WorkerProcess) -> Mapping[int, int]:
         shorts = [short for short in self._short.get(model, ()) if short.worker is worker]
         try:
@@ -385,24 +439,29 @@ class ProcessEngine:
             await asyncio.shield(worker.exited)
             back: dict[int, int] = {}
             for short in shorts:
-                _add(back, short.sizes)
+                add_sizes(back, short.sizes)
                 short.sizes.clear()
             return back
-        said = self._read(worker, lambda: decode_bytes(answer.message["result"], self._count))
+        said = self._read(worker, partial(back_of, answer, self._count))
         if said is None:
             return {}
         self._crew.memory.note(worker)
-        return _take_off(shorts, said)
+        return take_off(shorts, said)
 
     # --- Workers ----------------------------------------------------------------------------------
 
     def _on_end(self, worker: WorkerProcess, end: WorkerEnd) -> None:
+        copies = self._copies.lost(worker)
         if self.on_lost is None:
             return
-        models = frozenset(model for model, held in self._held.items() if held.worker is worker)
-        self.on_lost(
-            WorkerDeath(worker=worker.name, models=models, suspects=end.suspects, cause=end.cause)
+        death = WorkerDeath(
+            worker=worker.name,
+            models=frozenset(model for model, held in self._held.items() if held.worker is worker),
+            copies=copies,
+            suspects=end.suspects,
+            cause=end.cause,
         )
+        self.on_lost(death)
 
     def _read(self, worker: WorkerProcess, read: Callable[[], T]) -> T | None:
         """Reads something out of an answer; None, and the worker dies, if it cannot be read."""
@@ -436,42 +495,5 @@ def _encoded(spec: ModelSpec) -> Any:
         raise OptionError("options", str(error)) from None
 
 
-def _price_of(answer: Answer) -> Price:
-    return decode_price(answer.message["result"])
-
-
 def _files_error(done: str, cause: str) -> ModelFilesError:
     return ModelFilesError(f"its worker died while it was {done} ({cause})", transient=True)
-
-
-def _outcome_of(outcome: Answer | WorkerGone) -> RunOutcome | None:
-    if isinstance(outcome, WorkerGone):
-        if outcome.is_suspect:
-            return ModelFailed("WorkerDied", f"its worker died while it ran ({outcome.cause})")
-        return WorkerLost(f"its worker died ({outcome.cause})")
-    if isinstance(outcome.error, ModelMissing):
-        return WorkerLost("its worker does not have it any more")
-    if outcome.error is not None:
-        return outcome.error
-    return outcome.tensors if "result" in outcome.message else None
-
-
-def _add(sizes: dict[int, int], more: Mapping[int, int]) -> None:
-    for device, size_bytes in more.items():
-        sizes[device] = sizes.get(device, 0) + size_bytes
-
-
-def _take_off(shorts: Sequence[_Short], said: Mapping[int, int]) -> dict[int, int]:
-    """Takes what is said to be back off what is missing. Returns what was really taken off."""
-    back: dict[int, int] = {}
-    for device, size_bytes in said.items():
-        for short in shorts:
-            taken = min(size_bytes, short.sizes.get(device, 0))
-            if taken:
-                short.sizes[device] -= taken
-                size_bytes -= taken
-                _add(back, {device: taken})
-    for short in shorts:
-        for device in [device for device, left in short.sizes.items() if not left]:
-            del short.sizes[device]
-    return back

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modelyard_server.execution.engine import DeviceMemory, EngineDevice
-from modelyard_server.runtimes.api import JsonValue, ModelSpec, Price
+from modelyard_server.execution.engine import DeviceMemory, EngineDevice, Loaded, Unloaded
+from modelyard_server.execution.workers.measurements import decode_estimate, encode_estimate
+from modelyard_server.runtimes.api import JsonValue, LoadSource, ModelSpec, Price
 from modelyard_server.runtimes.targets import Structure, Target, TensorPart
 
 __all__ = [
     "decode_bytes",
     "decode_device",
+    "decode_loaded",
     "decode_memory",
     "decode_price",
     "decode_spec",
     "decode_target",
+    "decode_unloaded",
     "encode_bytes",
     "encode_device",
+    "encode_loaded",
     "encode_memory",
     "encode_price",
     "encode_spec",
     "encode_target",
+    "encode_unloaded",
     "plain",
 ]
 
@@ -107,6 +113,7 @@ def encode_price(price: Price) -> Json:
         "structure": None if structure is None else _encode_structure(structure),
         "shared": dict(price.shared),
         "activation_bytes": price.activation_bytes,
+        "runs": encode_estimate(price.runs),
     }
 
 
@@ -123,6 +130,7 @@ def decode_price(encoded: Json) -> Price:
         structure=None if structure is None else _decode_structure(structure),
         shared=shared,
         activation_bytes=_size(encoded["activation_bytes"]),
+        runs=decode_estimate(encoded["runs"]),
     )
 
 
@@ -170,6 +178,39 @@ def decode_bytes(encoded: Json, devices: int) -> dict[int, int]:
     return sizes
 
 
+def encode_loaded(loaded: Loaded) -> Json:
+    """What became of a load."""
+    return {"own_bytes": encode_bytes(loaded.own_bytes), "source": loaded.source.value}
+
+
+def decode_loaded(encoded: Json, devices: int) -> Loaded:
+    """What became of a load. Raises ValueError as decode_bytes does, and for unknown sources."""
+    return Loaded(
+        own_bytes=decode_bytes(encoded["own_bytes"], devices), source=LoadSource(encoded["source"])
+    )
+
+
+def encode_unloaded(unloaded: Unloaded) -> Json:
+    """What became of an unload."""
+    return {
+        "freed": encode_bytes(unloaded.freed),
+        "kept_bytes": unloaded.kept_bytes,
+        "keep_s": unloaded.keep_s,
+        "refused_bytes": unloaded.refused_bytes,
+    }
+
+
+def decode_unloaded(encoded: Json, devices: int) -> Unloaded:
+    """What became of an unload. Raises ValueError as decode_bytes does, and for no seconds."""
+    kept_bytes, refused_bytes = encoded["kept_bytes"], encoded["refused_bytes"]
+    return Unloaded(
+        freed=decode_bytes(encoded["freed"], devices),
+        kept_bytes=None if kept_bytes is None else _size(kept_bytes),
+        keep_s=_seconds(encoded["keep_s"]),
+        refused_bytes=None if refused_bytes is None else _size(refused_bytes),
+    )
+
+
 def encode_memory(memory: Mapping[int, DeviceMemory]) -> Json:
     """What is measured, by position of the device."""
     return [
@@ -191,6 +232,12 @@ def _size(value: Json) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{json.dumps(value)[:40]} is no number of bytes")
     return value
+
+
+def _seconds(value: Json) -> float:
+    if type(value) not in (int, float) or value < 0 or not math.isfinite(value):
+        raise ValueError(f"{json.dumps(value)[:40]} is no time")
+    return float(value)
 
 
 def _position(value: Json, devices: int) -> int:

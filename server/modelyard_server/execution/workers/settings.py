@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from modelyard_server.execution.batcher import BatchLimits
 from modelyard_server.runtimes.api import JsonValue, Runtime
 
 __all__ = ["RuntimeSource", "WorkerSettings"]
@@ -52,15 +53,18 @@ class WorkerSettings:
 
     Attributes:
         run_limit_s: longest that a run may take, from when it begins on its lane.
-        load_limit_s: longest that a load may take, from when it begins.
+        load_limit_s: longest that a load may take, from when it begins; and longest that keeping a
+            copy of a model's weights may.
         price_limit_s: longest that looking at a model's files may take, from when it begins.
         start_limit_s: longest until a new worker is ready, imports included.
         ping_interval_s: how often a worker is asked whether it is there.
         ping_limit_s: longest that it may not answer. A model that keeps the interpreter's lock to
             itself keeps its worker from answering.
         headroom_bytes: private memory that a worker may have beside what it had when it started
-            and the budgets of its devices: libraries, inputs and outputs, what runs need.
+            and the budgets of its devices and of copies: libraries, inputs and outputs, what runs
+            need.
         start_tries: failed starts in a row after which calls are refused instead of kept waiting.
+        batches: of what lanes run at one time. Not broken but kept to.
 
     Raises:
         ValueError: a limit that is none.
@@ -74,6 +78,7 @@ class WorkerSettings:
     ping_limit_s: float = 30.0
     headroom_bytes: int = 2 * 2**30
     start_tries: int = 5
+    batches: BatchLimits = field(default_factory=BatchLimits)
 
     def __post_init__(self) -> None:
         for name in (

@@ -7,14 +7,17 @@ So the engine of threads need not know that it is in a worker.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from modelyard_server.execution.workers.board import BoardWriter
 from modelyard_server.runtimes.api import (
     JsonValue,
+    KeptWeights,
     LoadedModel,
+    LoadSource,
     ModelSpec,
+    Prepared,
     Price,
     Runtime,
     StopCheck,
@@ -22,6 +25,7 @@ from modelyard_server.runtimes.api import (
 )
 from modelyard_server.runtimes.targets import Place
 from modelyard_server.runtimes.tensors import TensorValue
+from modelyard_server.weights.activation_model import ActivationPoint
 
 __all__ = ["CalledInputs", "CalledSpec", "WatchedRuntime"]
 
@@ -76,14 +80,20 @@ class WatchedRuntime(Runtime):
         runtime: that is to be watched.
         board: of the worker.
         held: gets the bytes that each model it loaded holds, by number of the load's call.
+        keeps: says of which call a model's weights are kept, by number of the load's call.
     """
 
     def __init__(
-        self, runtime: Runtime, board: BoardWriter, held: dict[int, Mapping[int, int]]
+        self,
+        runtime: Runtime,
+        board: BoardWriter,
+        held: dict[int, Mapping[int, int]],
+        keeps: Mapping[int, int],
     ) -> None:
         self._runtime = runtime
         self._board = board
         self._held = held
+        self._keeps = keeps
 
     @property
     def name(self) -> str:
@@ -125,11 +135,24 @@ class WatchedRuntime(Runtime):
         finally:
             self._board.end(before)
         kind = _BriefWatchedModel if loaded.brief else _WatchedModel
-        return kind(loaded, self._board, partial(self._held.__setitem__, call))
+        return kind(
+            loaded,
+            self._board,
+            on_measured=partial(self._held.__setitem__, call),
+            keep_call=lambda: self._keeps.get(call, 0),
+        )
 
 
 def _parts(spec: ModelSpec) -> tuple[int, ModelSpec]:
     return (spec.call, spec.plain) if isinstance(spec, CalledSpec) else (0, spec)
+
+
+@dataclass(frozen=True, slots=True)
+class _Called:
+    """What a model has prepared, and the call it came with."""
+
+    call: int
+    prepared: Prepared
 
 
 class _WatchedModel(LoadedModel):
@@ -137,11 +160,14 @@ class _WatchedModel(LoadedModel):
         self,
         loaded: LoadedModel,
         board: BoardWriter,
+        *,
         on_measured: Callable[[Mapping[int, int]], None],
+        keep_call: Callable[[], int],
     ) -> None:
         self._loaded = loaded
         self._board = board
         self._on_measured: Callable[[Mapping[int, int]], None] | None = on_measured
+        self._keep_call = keep_call
 
     def run(
         self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
@@ -153,6 +179,32 @@ class _WatchedModel(LoadedModel):
         finally:
             board.end(before)
 
+    def prepare(
+        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
+    ) -> Prepared | None:
+        board = self._board
+        call = inputs.call if isinstance(inputs, CalledInputs) else 0
+        before = board.begin(call)
+        try:
+            prepared = self._loaded.prepare(inputs, parameters)
+        finally:
+            board.end(before)
+        if prepared is None:
+            return None
+        return replace(prepared, content=_Called(call, prepared))
+
+    def run_batch(self, requests: Sequence[Prepared]) -> Sequence[tuple[TensorValue, ...]]:
+        called: list[_Called] = [request.content for request in requests]
+        # All of them, since nobody can tell whose row it is that ends the process.
+        batch = self._board.begin_batch([each.call for each in called])
+        try:
+            return self._loaded.run_batch([each.prepared for each in called])
+        finally:
+            self._board.end_batch(batch)
+
+    def take_measured(self) -> Sequence[ActivationPoint]:
+        return self._loaded.take_measured()
+
     def measured_bytes(self) -> Mapping[int, int]:
         sizes = self._loaded.measured_bytes()
         # The engine measures once, at the end of the load.
@@ -163,6 +215,17 @@ class _WatchedModel(LoadedModel):
 
     def shared_bytes(self) -> Mapping[int, Mapping[str, int]]:
         return self._loaded.shared_bytes()
+
+    @property
+    def source(self) -> LoadSource:
+        return self._loaded.source
+
+    def keep(self) -> KeptWeights | None:
+        before = self._board.begin(self._keep_call())
+        try:
+            return self._loaded.keep()
+        finally:
+            self._board.end(before)
 
     def witnesses(self) -> tuple[Witness, ...]:
         return self._loaded.witnesses()

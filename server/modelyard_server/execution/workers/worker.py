@@ -4,9 +4,11 @@ It is forked from the zygote and does nothing but translate: a message becomes a
 what comes of it becomes a message. What it may do is little (limits.py), and whatever happens to it
 happens to nobody else.
 
-Messages to it, each with `op`: price, load, unload, recheck, run and stop carry `call`, a number
-that comes back with the answer; cancel, abandon and ping do not. From it: ready, pong, and answers,
-which are `result`, `error` or, of a run that was abandoned in time, neither.
+Messages to it, each with `op`: price, load, unload, drop_copy, recheck, run and stop carry `call`,
+a number that comes back with the answer; cancel, abandon and ping do not. From it: ready, pong, and
+answers, which are `result`, `error` or, of a run that was abandoned in time, neither. Answers that
+change what is measured say what it is now (`memory`): of each device, and behind the last of them
+of the copies that are kept. Answers of runs that were measured say what they took (`measured`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from modelyard_server.execution.batcher import BatchLimits
 from modelyard_server.execution.engine import DeviceMemory, EngineDevice, RunOutcome, Work
 from modelyard_server.execution.thread_engine import ThreadEngine
 from modelyard_server.execution.workers.board import BoardWriter
@@ -34,14 +37,17 @@ from modelyard_server.execution.workers.limits import (
     limit_process,
     refuse_network,
 )
+from modelyard_server.execution.workers.measurements import encode_points
 from modelyard_server.execution.workers.payload import RemoteError, encode_error, understand
 from modelyard_server.execution.workers.records import (
     decode_device,
     decode_spec,
     decode_target,
     encode_bytes,
+    encode_loaded,
     encode_memory,
     encode_price,
+    encode_unloaded,
 )
 from modelyard_server.execution.workers.settings import RuntimeSource
 from modelyard_server.execution.workers.watched import CalledInputs, CalledSpec, WatchedRuntime
@@ -49,6 +55,7 @@ from modelyard_server.runtimes.api import Runtime
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.targets import DISK
 from modelyard_server.runtimes.tensors import TensorValue
+from modelyard_server.weights.activation_model import ActivationPoint
 
 __all__ = ["run_worker"]
 
@@ -69,7 +76,7 @@ def run_worker(
         end: descriptor of its end of the channel.
         board: descriptor of its board's file.
         order: what is to be known of it: its `name`, `devices` (by position; None for those of
-            other groups) and the `runtimes` to be warmed up.
+            other groups), the `runtimes` to be warmed up, and most rows and bytes of `batches`.
         source: of its runtimes.
         parent_pid: of the process that forked it.
     """
@@ -122,13 +129,21 @@ class _Worker:
         ]
         # Of loads whose answers are not sent yet.
         self._held: dict[int, Mapping[int, int]] = {}
+        # Calls that loaded the models that are there, and by those the calls that keep their
+        # weights now.
+        self._load_calls: dict[int, int] = {}
+        self._keeps: dict[int, int] = {}
+        most_rows, most_bytes = order["batches"]
         self._engine = ThreadEngine(
             devices=self._devices,
+            batches=BatchLimits(most_rows=most_rows, most_bytes=most_bytes),
             runtimes={
-                name: WatchedRuntime(runtime, board, self._held)
+                name: WatchedRuntime(runtime, board, self._held, self._keeps)
                 for name, runtime in runtimes.items()
             },
         )
+        self._engine.on_measured = self._on_measured
+        self._measured: Sequence[ActivationPoint] = ()
         self._works: dict[int, Work] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_stopping = False
@@ -180,17 +195,27 @@ class _Worker:
             nonlocal is_done
             is_done = True
             self._works.pop(call, None)
-            self._answer_run(call, outcome)
+            measured, self._measured = self._measured, ()
+            self._answer_run(call, outcome, measured)
 
         try:
-            work = self._engine.run(message["model"], inputs, message["parameters"], on_done)
+            client = partial(str, message["client"])
+            work = self._engine.run(
+                message["model"], inputs, message["parameters"], on_done, client
+            )
         except KeyError:
             self._channel.send({"op": "answer", "call": call, "error": ["lost"]})
             return
         if not is_done:
             self._works[call] = work
 
-    def _answer_run(self, call: int, outcome: RunOutcome | None) -> None:
+    def _on_measured(self, model: int, points: Sequence[ActivationPoint]) -> None:
+        # The answer that they go with is the next one, in this turn of the loop.
+        self._measured = points
+
+    def _answer_run(
+        self, call: int, outcome: RunOutcome | None, measured: Sequence[ActivationPoint]
+    ) -> None:
         answer: dict[str, Any] = {"op": "answer", "call": call}
         try:
             if outcome is None:
@@ -198,7 +223,8 @@ class _Worker:
             elif isinstance(outcome, BaseException):
                 self._channel.send(answer | {"error": encode_error(outcome, "")})
             else:
-                self._channel.send(answer | {"result": None}, outcome)
+                what = {"measured": encode_points(measured)} if measured else {}
+                self._channel.send(answer | {"result": None, **what}, outcome)
         except (MemoryError, ValueError) as error:  # The answer is too large, for here or for them.
             failed = ["failed", type(error).__name__, f"its outputs cannot be sent: {error}"]
             self._channel.send(answer | {"error": failed})
@@ -210,6 +236,7 @@ class _Worker:
             "price": self._price,
             "load": self._load,
             "unload": self._unload,
+            "drop_copy": self._drop_copy,
             "recheck": self._recheck,
             "stop": self._stop,
         }
@@ -244,15 +271,28 @@ class _Worker:
         spec = CalledSpec.of(decode_spec(message["spec"]), call)
         target = decode_target(message["target"])
         try:
-            own = await self._engine.load(message["model"], spec, target)
+            loaded = await self._engine.load(message["model"], spec, target)
             held = self._held[call]
         finally:
             self._held.pop(call, None)
-        return {"result": encode_bytes(own), "held": encode_bytes(held), **self._memory()}
+        self._load_calls[message["model"]] = call
+        return {"result": encode_loaded(loaded), "held": encode_bytes(held), **self._memory()}
 
     async def _unload(self, message: dict[str, Any]) -> dict[str, Any]:
-        back = await self._engine.unload(message["model"])
-        return {"result": encode_bytes(back), **self._memory()}
+        model, keep = message["model"], message["keep"]
+        load_call = self._load_calls[model]
+        if keep:
+            self._keeps[load_call] = message["call"]
+        try:
+            unloaded = await self._engine.unload(model, keep=keep, most_bytes=message["most_bytes"])
+        finally:
+            self._keeps.pop(load_call, None)
+        del self._load_calls[model]
+        return {"result": encode_unloaded(unloaded), **self._memory()}
+
+    async def _drop_copy(self, message: dict[str, Any]) -> dict[str, Any]:
+        is_back = await self._engine.drop_copy(message["model"])
+        return {"result": is_back, **self._memory()}
 
     async def _recheck(self, message: dict[str, Any]) -> dict[str, Any]:
         back = await self._engine.recheck(message["model"])
@@ -268,4 +308,5 @@ class _Worker:
         read: dict[int, DeviceMemory] = {
             position: self._engine.memory(position) for position in self._own
         }
+        read[len(self._devices)] = self._engine.copies
         return {"memory": encode_memory(read)}

@@ -134,7 +134,8 @@ class WorkerProcess:
         name: for people.
         ready: done once it takes calls; fails with WorkerGone if it never does.
         exited: done once its process is over.
-        memory: what it measured last, by position of the device; empty once it has exited.
+        memory: what it measured last, by position of the device, and of its copies behind the last
+            of them; empty once it has exited.
     """
 
     def __init__(
@@ -267,15 +268,23 @@ class WorkerProcess:
         """
         if self._ending is not None or not self.ready.done():
             return
-        for number in self._board.running():
+        running = self._board.running()
+        for number in running:
             call = self._calls.get(number)
             if call is None or call.limit_s is None:
                 continue
             call.ran_s += elapsed_s
             if call.ran_s > call.limit_s:
-                self._end(f"ran for longer than {call.limit_s:g} s", frozenset({number}))
+                blamed = frozenset({number} | (self._runs_of(call.model) & running))
+                self._end(f"ran for longer than {call.limit_s:g} s", blamed)
                 return
         self._watch_pings(elapsed_s)
+
+    def _runs_of(self, model: int | None) -> frozenset[int]:
+        """Calls that name a model. Those that run at the same time share one run."""
+        if model is None:
+            return frozenset()
+        return frozenset(number for number, call in self._calls.items() if call.model == model)
 
     def _watch_pings(self, elapsed_s: float) -> None:
         pings = self._pings
@@ -406,7 +415,7 @@ class WorkerProcess:
             encoded = message["error"]
             error = ModelMissing() if encoded == ["lost"] else decode_error(encoded)
         if "memory" in message:
-            read = partial(decode_memory, message["memory"], self._devices)
+            read = partial(decode_memory, message["memory"], self._devices + 1)
             self.memory.update(understand(read))
         del self._calls[number]
         self._call_back(partial(call.deliver, Answer(message, tensors, error)))
