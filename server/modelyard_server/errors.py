@@ -56,11 +56,17 @@ class Reason(enum.Enum):
     CONFIG_OWNED = Code.FAILED_PRECONDITION, 22
     CATALOG_UNAVAILABLE = Code.UNAVAILABLE, 23
     WORKER_LOST = Code.UNAVAILABLE, 24
+    ANSWER_TOO_LARGE = Code.RESOURCE_EXHAUSTED, 25
 
     @property
     def code(self) -> Code:
         """The status code that goes with it."""
         return self.value[0]
+
+    @property
+    def number(self) -> int:
+        """Its number in modelyard.v1.ErrorReason."""
+        return self.value[1]
 
 
 @dataclass(frozen=True, slots=True)

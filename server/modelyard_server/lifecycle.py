@@ -114,6 +114,7 @@ def _warn_of_promises(app: Application, baseline: ProcessMemory) -> None:
         [device.budget_bytes for device in hosts],
         baseline.anonymous_bytes,
         runs,
+        0 if app.host_tier is None else app.host_tier.budget_bytes,
     )
     if found.warning:
         logger.warning("%s", found.warning)

@@ -33,6 +33,7 @@ from modelyard_server.catalog.obstacles import (
 from modelyard_server.catalog.registry import Registry
 from modelyard_server.catalog.succession import Heir, rehearse_staging, rehearse_switch
 from modelyard_server.devices.budgets import budget_violations
+from modelyard_server.devices.host_tier import HostTier
 from modelyard_server.devices.inventory import ManagedDevice
 from modelyard_server.devices.placed import PlacedAs
 from modelyard_server.devices.placement import effective_placement
@@ -133,6 +134,7 @@ class Forecaster:
         catalog: the models.
         registry: checks and places them.
         residency: where they are.
+        tier: the host tier, which has its part of host memory.
     """
 
     def __init__(
@@ -142,8 +144,10 @@ class Forecaster:
         catalog: Catalog,
         registry: Registry,
         residency: Residency,
+        tier: HostTier | None = None,
     ) -> None:
         self._devices = tuple(devices)
+        self._tier = tier
         self._catalog = catalog
         self._registry = registry
         self._residency = residency
@@ -262,7 +266,7 @@ class Forecaster:
 
     def _check(self, change: PlanChange, states: Sequence[DeviceState]) -> None:
         violations = [
-            *budget_violations(self._devices, [state.budget_bytes for state in states]),
+            *budget_violations(self._devices, [state.budget_bytes for state in states], self._tier),
             *(
                 Violation(f"models/{model_id}", "there is no such model")
                 for model_id in sorted(
@@ -287,7 +291,7 @@ class Forecaster:
         budgets = [state.budget_bytes for state in today]
         for i, state in enumerate(states):
             grown = [*budgets[:i], max(budgets[i], state.budget_bytes), *budgets[i + 1 :]]
-            if not budget_violations(self._devices, grown):
+            if not budget_violations(self._devices, grown, self._tier):
                 budgets = grown
         return tuple(
             DeviceState(budget_bytes=budget, drained=old.drained and new.drained)

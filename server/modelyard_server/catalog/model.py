@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 
 from modelyard.placements import Placement, placement_to_json
 from modelyard_server.catalog.records import ModelRecord, Owner
+from modelyard_server.catalog.run_figures import RunFigure
 from modelyard_server.devices.placed import PlacedAs
 from modelyard_server.residency.values import ModelHandle
 from modelyard_server.runtimes.api import JsonValue, Price
@@ -96,8 +97,7 @@ class Registration:
         ways: how it may be loaded, the preferred way first.
         replan: works the ways out anew for another price. Raises Refusal if there is none.
         warnings: what an operator should know and is no error.
-        activation_bytes: what a run of the largest batch takes beside the weights, predicted; 0 if
-            nobody knows.
+        runs: what its runs take; one for all models whose runs take the same.
         created: when it was registered, in UTC.
         etag: changes whenever the model changes.
         origin: for models of the configuration file, a digest of what the file said.
@@ -109,7 +109,7 @@ class Registration:
     ways: tuple[PlacedAs, ...]
     replan: Callable[[Price], tuple[PlacedAs, ...]]
     warnings: tuple[str, ...] = ()
-    activation_bytes: int = 0
+    runs: RunFigure = field(default_factory=RunFigure, compare=False)
     created: datetime
     etag: str
     origin: str = ""
@@ -123,6 +123,11 @@ class Registration:
     def placement(self) -> Placement | None:
         """The placement in force, but for options that beat it."""
         return self.draft.placement if self.given is None else self.given.placement
+
+    @property
+    def activation_bytes(self) -> int:
+        """What a run of the largest batch takes beside the weights; 0 if nobody knows."""
+        return self.runs.size_bytes
 
     @property
     def estimated_bytes(self) -> int:

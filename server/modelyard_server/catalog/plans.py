@@ -36,6 +36,7 @@ from modelyard_server.catalog.registry import Registry
 from modelyard_server.catalog.succession import IN_MEMORY, Succession
 from modelyard_server.catalog.writes import Writes, to_the_end
 from modelyard_server.devices.budgets import budget_violations
+from modelyard_server.devices.host_tier import HostTier
 from modelyard_server.devices.inventory import ManagedDevice
 from modelyard_server.errors import Reason, Refusal, Resource, Violation
 from modelyard_server.residency.journal import EventType, Journal
@@ -97,6 +98,7 @@ class DevicePlans:
         residency: carries the plan out.
         writes: makes it durable.
         journal: is told of it.
+        tier: the host tier, which has its part of host memory.
     """
 
     def __init__(
@@ -108,15 +110,21 @@ class DevicePlans:
         residency: Residency,
         writes: Writes,
         journal: Journal,
+        tier: HostTier | None = None,
     ) -> None:
         self._devices = tuple(devices)
+        self._tier = tier
         self._catalog = catalog
         self._registry = registry
         self._residency = residency
         self._writes = writes
         self._journal = journal
         self._forecaster = Forecaster(
-            devices=devices, catalog=catalog, registry=registry, residency=residency
+            devices=devices,
+            catalog=catalog,
+            registry=registry,
+            residency=residency,
+            tier=tier,
         )
         self._revision = 0
         self._changed: datetime | None = None
@@ -482,7 +490,7 @@ class DevicePlans:
 
     def _check_budgets(self, states: Sequence[DeviceState]) -> None:
         budgets = [state.budget_bytes for state in states]
-        if violations := budget_violations(self._devices, budgets):
+        if violations := budget_violations(self._devices, budgets, self._tier):
             text = "; ".join(f"{v.field}: {v.description}" for v in violations)
             raise Refusal(
                 Reason.INVALID_FIELD,

@@ -20,6 +20,7 @@ from modelyard_server.catalog.model import (
     is_model_id,
 )
 from modelyard_server.catalog.records import Change, Owner, RequestRecord
+from modelyard_server.catalog.run_figures import RunFigures
 from modelyard_server.catalog.succession import Heir, Succession
 from modelyard_server.catalog.writes import Writes, to_the_end
 from modelyard_server.devices.inventory import ManagedDevice
@@ -31,6 +32,7 @@ from modelyard_server.residency.journal import EventType, Journal
 from modelyard_server.residency.shell import Residency
 from modelyard_server.residency.values import MAX_BYTES, NEVER_NS, State
 from modelyard_server.runtimes.api import ModelFilesError, ModelSpec, OptionError, Price
+from modelyard_server.weights.activation_model import ActivationPoint
 from modelyard_server.weights.model_files import check_folder, folder_of
 
 __all__ = ["Checked", "Registry", "Remember"]
@@ -106,6 +108,7 @@ class Registry:
         self._roots = roots
         self._writes = writes
         self._journal = journal
+        self._run_figures = RunFigures()
 
     # --- By the API ---------------------------------------------------------------------------
 
@@ -402,7 +405,7 @@ class Registry:
             ways=ways,
             replan=replan,
             warnings=checked.warnings,
-            activation_bytes=0 if price is None else price.activation_bytes,
+            runs=self._run_figures.of(price),
             created=created or datetime.now(UTC),
             etag=etag or f'"{secrets.token_hex(8)}"',
             origin=origin,
@@ -431,6 +434,17 @@ class Registry:
     def succession(self, heirs: Sequence[Heir]) -> Succession:
         """Heirs that are to take over from registered models."""
         return Succession(heirs, catalog=self._catalog, residency=self._residency)
+
+    def note_runs(self, core_id: int, points: Sequence[ActivationPoint]) -> None:
+        """Corrects what is said of a model's runs, and of all whose runs take the same.
+
+        Args:
+            core_id: the yard's id for the model; nothing happens if it is not known any more.
+            points: what runs of it took.
+        """
+        for model in self._catalog.models():
+            if model.handle.core_id == core_id:
+                model.runs.observe(points)
 
     def budgets(self) -> tuple[int, ...]:
         """The budgets in force, by position."""

@@ -29,6 +29,7 @@ from modelyard_server.catalog.records import (
 from modelyard_server.catalog.registry import Checked, Registry
 from modelyard_server.catalog.writes import Writes
 from modelyard_server.devices.budgets import budget_violations
+from modelyard_server.devices.host_tier import HostTier
 from modelyard_server.devices.inventory import ManagedDevice
 from modelyard_server.errors import Reason, Refusal, Resource
 from modelyard_server.residency.shell import Residency
@@ -73,6 +74,7 @@ class Restorer:
         plans: is told the stored plan's revision.
         residency: gets budgets, drains and pins.
         writes: makes durable what the file has changed.
+        tier: the host tier, which has its part of host memory.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class Restorer:
         plans: DevicePlans,
         residency: Residency,
         writes: Writes,
+        tier: HostTier | None = None,
     ) -> None:
         self._devices = tuple(devices)
+        self._tier = tier
         self._registry = registry
         self._plans = plans
         self._residency = residency
@@ -147,7 +151,7 @@ class Restorer:
             kept.append((position, record))
             if record.budget_bytes is not None:
                 budgets[position] = record.budget_bytes
-        if problems := budget_violations(self._devices, budgets):
+        if problems := budget_violations(self._devices, budgets, self._tier):
             logger.error(
                 "stored budgets are not possible any more (%s): the configured ones count",
                 "; ".join(f"{p.field}: {p.description}" for p in problems),

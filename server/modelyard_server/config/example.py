@@ -28,7 +28,7 @@ shutdown_grace_s = 10            # for running requests after SIGTERM
 log_level = "info"               # debug, info, warning or error
 
 [yard]
-policy = "gap"                   # what stays is decided by its cost of coming back; or "lru"
+policy = "ensemble"              # how victims are chosen: see docs/eviction.md for the others
 max_waiting_per_model = 1024     # requests; one more is refused with QUEUE_FULL
 max_waiting = 65536              # the same for all models together
 overdue_after_s = 30             # who waits longer may make models in use give way
@@ -53,6 +53,11 @@ run_limit_s = 60                 # a run that takes longer hangs: its worker is 
 load_limit_s = 900               # the same for a load
 headroom = "2GiB"                # what a worker may allocate beside its devices' budgets
 strikes = 3                      # workers a model may bring down in ten minutes
+max_batch_rows = 64              # that requests share a run with; 1: each has its own
+max_batch_bytes = "64MiB"        # of such a run's inputs, with padding
+
+[host_tier]                      # keeps copies of models that were evicted from accelerators
+budget = 0                       # of host memory, such as "4GiB" or "25%"; 0: no copies
 
 [[devices]]                      # one block for each device, at most 16
 device = "cpu"                   # cpu, cuda:0, xpu:0, mps, disk

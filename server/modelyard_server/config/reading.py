@@ -30,6 +30,7 @@ from modelyard_server.config.values import (
     Config,
     DeviceConfig,
     EngineConfig,
+    HostTierConfig,
     ModelConfig,
     Section,
     ServerConfig,
@@ -38,6 +39,7 @@ from modelyard_server.config.values import (
     plan_conflicts,
     rule_of,
     settings,
+    tier_conflicts,
 )
 from modelyard_server.devices.sizes import MAX_SIZE_BYTES
 
@@ -47,7 +49,8 @@ MAX_CONFIG_BYTES: Final = 16 * 1024**2
 """Largest configuration file; room for tens of thousands of models."""
 
 _SECTIONS: Final = (
-    *("server", "yard", "catalog", "weights", "engine", "devices", "roots", "runtimes", "models"),
+    *("server", "yard", "catalog", "weights", "engine", "host_tier", "devices", "roots"),
+    *("runtimes", "models"),
 )
 _AT_LINE: Final = re.compile(r" \(at (?:line ([0-9]+), column [0-9]+|end of document)\)$")
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -168,6 +171,7 @@ class _Reader:
         catalog = self._catalog()
         weights = self._weights()
         engine = self._section(EngineConfig, ("engine",), self._table(("engine",)))
+        tier = self._section(HostTierConfig, ("host_tier",), self._table(("host_tier",)))
         devices = self._devices()
         root_tables = self._table(("roots",))
         roots = self._roots(root_tables)
@@ -178,6 +182,7 @@ class _Reader:
             # Where [[devices]] is no array of tables, that alone is worth a report.
             if devices is not None or path != ("devices",):
                 self._report(self._as_written(path), text)
+        self._report_all((), tier_conflicts(tier.get("budget"), devices or ()))
         if self._problems:
             raise ConfigError(self._problems)
         return Config(
@@ -186,6 +191,7 @@ class _Reader:
             catalog=catalog,
             weights=weights,
             engine=EngineConfig(**engine),
+            host_tier=HostTierConfig(**tier),
             devices=tuple(DeviceConfig(**given) for given in devices or ()),
             roots=roots,
             models=tuple(ModelConfig(**given) for given in models.values()),

@@ -32,6 +32,7 @@ __all__ = [
     "keys",
     "kind",
     "one_of",
+    "optional_budget",
     "options",
     "seconds",
     "size",
@@ -239,6 +240,13 @@ def budget(value: object) -> Budget:
     raise RuleError(
         f'must be bytes, a size or a percentage (300000000, "300MB" or "50%"), got {kind(value)}'
     )
+
+
+def optional_budget(value: object) -> Budget | None:
+    """Accept what ``budget`` does, and 0 for none."""
+    if type(value) is int and value == 0:
+        return None
+    return budget(value)
 
 
 def options(value: object) -> Mapping[str, object]:

@@ -23,12 +23,14 @@ from modelyard_server.devices.sizes import MAX_SIZE_BYTES
 
 __all__ = [
     "MAX_DEVICES",
+    "POLICIES",
     "READ_MODES",
     "TASKS",
     "CatalogConfig",
     "Config",
     "DeviceConfig",
     "EngineConfig",
+    "HostTierConfig",
     "ModelConfig",
     "Section",
     "ServerConfig",
@@ -37,10 +39,14 @@ __all__ = [
     "plan_conflicts",
     "rule_of",
     "settings",
+    "tier_conflicts",
 ]
 
 MAX_DEVICES: Final = 16
 """Most devices of a yard; the core's own limit."""
+
+POLICIES: Final = ("ensemble", "learned", "next-use", "gap", "mix", "decay", "gdsf", "lru")
+"""The core's eviction policies, the default first: a configuration is checked without the core."""
 
 READ_MODES: Final = ("map", "owned", "arena")
 """How weights come into host memory."""
@@ -147,7 +153,7 @@ class YardConfig:
         ValueError: a field breaks its rule, or two contradict each other.
     """
 
-    policy: str = field(default="gap", metadata=_ruled(rules.one_of("gap", "lru")))
+    policy: str = field(default=POLICIES[0], metadata=_ruled(rules.one_of(*POLICIES)))
     """How victims are chosen."""
     max_waiting_per_model: int = field(default=1024, metadata=_ruled(rules.integer(1, 1_000_000)))
     """Most requests that wait for one model."""
@@ -336,6 +342,32 @@ class EngineConfig:
     """What a worker may allocate beside what its devices' budgets allow, in bytes."""
     strikes: int = field(default=3, metadata=_ruled(rules.integer(1, 1000)))
     """Workers a model may bring down within ten minutes before it is not loaded any more."""
+    max_batch_rows: int = field(default=64, metadata=_ruled(rules.integer(1, 1024)))
+    """Most rows that requests share a run with; 1: every request has its own."""
+    max_batch_bytes: int = field(
+        default=64 * 1024**2, metadata=_ruled(rules.size(1, MAX_SIZE_BYTES))
+    )
+    """Most bytes of such a run's inputs, padding included."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
+        """See ``Section``."""
+        yield from ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostTierConfig:
+    """Where copies of evicted models' weights are kept: ``[host_tier]``.
+
+    Raises:
+        ValueError: a field breaks its rule.
+    """
+
+    budget: Budget | None = field(default=None, metadata=_ruled(rules.optional_budget))
+    """Most host memory that copies may hold together; None for no host tier."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -351,7 +383,8 @@ class Config:
     """A whole configuration.
 
     Raises:
-        ValueError: its parts contradict each other, as ``plan_conflicts`` says.
+        ValueError: its parts contradict each other, as ``plan_conflicts`` and ``tier_conflicts``
+            say.
     """
 
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -364,6 +397,8 @@ class Config:
     """Where it keeps weights."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Where models run."""
+    host_tier: HostTierConfig = field(default_factory=HostTierConfig)
+    """Where copies of evicted models are kept."""
     devices: tuple[DeviceConfig, ...]
     """1 to ``MAX_DEVICES`` devices, all different, in the order of the file."""
     roots: Mapping[str, Path] = field(default_factory=lambda: MappingProxyType({}), hash=False)
@@ -379,7 +414,12 @@ class Config:
         models = {model.id: _fields_of(model) for model in self.models}
         if len(models) != len(self.models):
             raise ValueError("two models have the same id")
-        _raise_if_any(plan_conflicts(devices, frozenset(self.roots), models))
+        _raise_if_any(
+            [
+                *plan_conflicts(devices, frozenset(self.roots), models),
+                *tier_conflicts(self.host_tier.budget, devices),
+            ]
+        )
 
 
 def plan_conflicts(
@@ -433,6 +473,37 @@ def plan_conflicts(
                         f"{', '.join(map(str, declared))} or add it to [[devices]]",
                     )
     yield from _key_conflicts(models)
+
+
+def tier_conflicts(
+    budget: Budget | None, devices: Sequence[Mapping[str, Any]]
+) -> Iterator[Finding]:
+    """Yield what is wrong between the host tier and devices that are each right.
+
+    Args:
+        budget: of the tier; None for none.
+        devices: as ``plan_conflicts`` takes them.
+    """
+    if budget is None:
+        return
+    if len(devices) == MAX_DEVICES:
+        yield (
+            ("devices",),
+            f"at most {MAX_DEVICES - 1} devices beside a host tier, got {len(devices)}",
+        )
+    readable = all({"device", "logical"} <= given.keys() for given in devices)
+    if devices and readable and not any(map(_is_above_tier, devices)):
+        yield (
+            ("host_tier", "budget"),
+            "there is no device whose models it could keep: it is for accelerators and logical "
+            "devices, because what leaves the cpu stays in the page cache as it is; remove "
+            "[host_tier], or raise the budget of the cpu",
+        )
+
+
+def _is_above_tier(given: Mapping[str, Any]) -> bool:
+    """True for a device whose memory is dearer than host memory, or stands for such."""
+    return given["logical"] or given["device"].type not in {DeviceType.CPU, DeviceType.DISK}
 
 
 def rule_of(setting: Field[Any]) -> Rule:

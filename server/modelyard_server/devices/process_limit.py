@@ -66,7 +66,8 @@ class Headroom:
     """What a server may come to need, compared with what its process may have.
 
     Attributes:
-        needed_bytes: budgets of host memory, the process itself and the reserve for runs together.
+        needed_bytes: budgets of host memory, that of its tier among them, the process itself and
+            the reserve for runs together.
         allowed_bytes: what of the limit may be planned with.
         warning: one line for the log; empty if what is needed is allowed.
     """
@@ -111,6 +112,7 @@ def headroom(
     budgets: Sequence[int],
     baseline_bytes: int,
     activation_bytes: int,
+    tier_bytes: int = 0,
 ) -> Headroom:
     """Says whether a process may hold what the budgets of host memory promise.
 
@@ -119,17 +121,19 @@ def headroom(
         budgets: bytes of the devices that are in host memory: "cpu" and the logical ones.
         baseline_bytes: what the process has without any model, after its threads have warmed up.
         activation_bytes: what runs take beside weights, of all lanes together.
+        tier_bytes: budget of the host tier; 0 for none.
     """
-    promised = sum(budgets)
+    promised = sum(budgets) + tier_bytes
     needed = promised + baseline_bytes + activation_bytes
     allowed = limit.bytes * _SHARE_PERCENT // 100
     warning = ""
     if needed > allowed:
+        tier = f" (the host tier {_shown(tier_bytes)} of it)" if tier_bytes else ""
         warning = (
-            f"budgets of devices in host memory promise {_shown(promised)}, the process itself "
-            f"takes {_shown(baseline_bytes)} and runs up to {_shown(activation_bytes)}, but this "
-            f"process may use {_shown(limit.bytes)} ({limit.source}), of which {_SHARE_PERCENT} % "
-            f"are {_shown(allowed)}"
+            f"budgets of devices in host memory promise {_shown(promised)}{tier}, the process "
+            f"itself takes {_shown(baseline_bytes)} and runs up to {_shown(activation_bytes)}, "
+            f"but this process may use {_shown(limit.bytes)} ({limit.source}), of which "
+            f"{_SHARE_PERCENT} % are {_shown(allowed)}"
         )
     return Headroom(needed_bytes=needed, allowed_bytes=allowed, warning=warning)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from modelyard_server import _core
+from modelyard_server.devices.budgets import HOST_TIER
 from modelyard_server.devices.sizes import format_size
 from modelyard_server.residency.journal import Event, EventType, Journal
 
@@ -44,7 +45,14 @@ _WORDS = {
     EventType.DEVICE_UNDRAINED: "takes models again",
     EventType.QUEUED: "asked for while not in memory",
     EventType.LOST: "lost {size}: the process that held it has died",
+    EventType.COPY_KEPT: "a copy of its weights, {size}, is on the host tier",
+    EventType.COPY_DROPPED: "its copy leaves the host tier, {size} come back",
 }
+
+_TIER_WORDS = {
+    EventType.QUARANTINED: "its copy has left the host tier, {size} are not back",
+}
+"""What is said otherwise of the host tier than of a device."""
 
 
 def publish_decision(
@@ -77,7 +85,8 @@ def publish_decision(
     load_s: float | None = record["seconds"] if type is EventType.LOAD_DONE else None
     score: float | None = record["score"] if record["why"] in _SCORED else None
     waited_ns: int = record["waited_ns"]
-    words = [_WORDS[type].format(size=format_size(record["bytes"]))]
+    said = _TIER_WORDS.get(type, _WORDS[type]) if where == HOST_TIER else _WORDS[type]
+    words = [said.format(size=format_size(record["bytes"]))]
     if record["shared_bytes"]:
         words.append(f"shares {format_size(record['shared_bytes'])} with others")
     if because:
@@ -107,16 +116,19 @@ def _cause(record: Mapping[str, Any], where: str, name_of: Callable[[int], str])
             cause = f"models/{name_of(record['cause'])}"
             return cause, f"for {cause}"
         case "BUDGET":
-            return where, f"because {where} holds more than its budget"
+            holder = "the host tier" if where == HOST_TIER else where
+            return where, f"because {holder} holds more than its budget"
         case "DEVICE_CLOSED":
             return where, f"because {where} is drained"
         case "OPERATOR":
             return OPERATOR, "because an operator asked for it"
         case "REMOVED":
             return OPERATOR, "because the model was deleted"
+        case "NOT_WORTH":
+            return "", "because loading from it takes no less time than from files"
         case "LOST":
             return "", "because the process that held it has died"
         case "REPLACED":
-            return OPERATOR, "because another copy of it has taken over"
+            return OPERATOR, "because another version of it has taken over"
         case _:
             return "", ""

@@ -56,6 +56,8 @@ class EventType(enum.Enum):
     PLAN_ROLLED_BACK = 20
     QUEUED = 21
     LOST = 22
+    COPY_KEPT = 23
+    COPY_DROPPED = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,6 +120,11 @@ class Rehearsal:
         Who leaves for that leaves anyway, and is no departure.
         """
         for core_id in self._core_ids:
+            # First: unloads may be held back until these have ended.
+            entry = self._yard.entry(core_id)
+            if entry is not None and entry.copy_state is _core.CopyState.DROPPING:
+                self._run(self._end_drop(core_id))
+        for core_id in self._core_ids:
             entry = self._yard.entry(core_id)
             if entry is None:
                 continue
@@ -248,6 +253,8 @@ class Rehearsal:
                 case _core.Unload(model=model):
                     freed = self._yard.exclusive(model)
                     todo.extend(self._yard.unload_done(model, self._now_ns, freed) or ())
+                case _core.DropCopy(model=model):
+                    todo.extend(self._end_drop(model) or ())
                 case _core.Refuse(ticket=ticket) as refusal if ticket == self._wish:
                     self._note_refusal(refusal)
                 case _:
@@ -268,7 +275,13 @@ class Rehearsal:
         if entry is None or entry.state is not _core.State.LOADING:
             return  # It was stopped in between.
         took_s = entry.reload_seconds
-        self._run(self._yard.load_done(core_id, self._now_ns, entry.held, took_s))
+        kept = entry.copy_state is _core.CopyState.KEPT
+        source = _core.Source.COPY if kept else _core.Source.PAGE_CACHE
+        self._run(self._yard.load_done(core_id, self._now_ns, entry.held, took_s, source))
+
+    def _end_drop(self, core_id: int) -> Sequence[_Action] | None:
+        freed = self._yard.copy_exclusive(core_id)
+        return self._yard.copy_dropped(core_id, self._now_ns, freed)
 
     def _end_leases(self, core_id: int) -> None:
         for lease in self._yard.leases_of(core_id):

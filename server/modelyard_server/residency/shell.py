@@ -5,9 +5,8 @@ event goes in on the event loop's thread, and the actions it returns are carried
 else runs, so the core never sees two events at once and needs no lock.
 
 A hit is one core call. A miss gets a ticket and a future; the core's Grant or Refuse settles it.
-Loads
-and unloads are tasks of this shell, not of the request that caused them: a client that leaves takes
-its ticket back and nothing else.
+Loads and unloads are tasks of this shell, not of the request that caused them: a client that leaves
+takes its ticket back and nothing else.
 
 Its package is the only importer of the core's module.
 """
@@ -27,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Self, assert_never
 from modelyard_server import _core
 from modelyard_server.devices.placed import PlacedAs, placements_of, shared_of, shares_on
 from modelyard_server.errors import Reason, Refusal
-from modelyard_server.execution.engine import Engine
+from modelyard_server.execution.engine import Engine, Loaded, Unloaded
+from modelyard_server.residency.host_tier import HOST_TIER, tier_use, without_tier
 from modelyard_server.residency.journal import Journal
 from modelyard_server.residency.refusals import refusal_of
 from modelyard_server.residency.rehearsal import Rehearsal, device_use
@@ -37,10 +37,12 @@ from modelyard_server.residency.transfers import Transfers
 from modelyard_server.residency.values import (
     GONE,
     NEVER_NS,
+    CopyState,
     DeviceUse,
     ModelHandle,
     ModelUse,
     State,
+    TierUse,
     YardSettings,
 )
 from modelyard_server.runtimes.api import (
@@ -55,6 +57,10 @@ if TYPE_CHECKING:
 __all__ = ["Lease", "Residency", "heir_of"]
 
 logger = logging.getLogger(__name__)
+
+_COPY_PADDING_BYTES = 256 << 10
+"""What is reserved for the pages of a model's first copy beyond its bytes: a copy pays for all
+pages it has a byte in. One that needs more is not kept, and has as much the next time."""
 
 
 class Lease:
@@ -97,8 +103,7 @@ class Residency:
     """Owns the yard and its tasks. All methods on the event loop's thread.
 
     Invariants: every action of the core is carried out once, in order, before the next event; a
-        future
-    that a waiter dropped never keeps a lease.
+    future that a waiter dropped never keeps a lease.
 
     Args:
         settings: how the core behaves.
@@ -127,7 +132,11 @@ class Residency:
             backoff_initial_s=settings.backoff_initial_s,
             backoff_max_s=settings.backoff_max_s,
             explain_capacity=settings.explain_capacity,
+            tier_budget=settings.tier_budget,
+            above_tier=list(settings.above_tier),
+            copy_padding=_COPY_PADDING_BYTES,
         )
+        self._tier = self._yard.tier
         self._device_names = tuple(device_names)
         self._now_ns = now_ns
         self._handles: dict[int, ModelHandle] = {}
@@ -139,7 +148,10 @@ class Residency:
         self._closing = False
         self.journal = journal or Journal(capacity=settings.explain_capacity)
         self._teller = Teller(
-            self._yard, self.journal, handles=self._handles, device_names=device_names
+            self._yard,
+            self.journal,
+            handles=self._handles,
+            device_names=(*device_names, HOST_TIER),
         )
         self._engine = engine
         self._shared = SharedTensors(self._yard)
@@ -251,6 +263,11 @@ class Residency:
         else:
             future.add_done_callback(self._give_back)
 
+    def forgive(self, handle: ModelHandle) -> None:
+        """Forgets that loads of a model have failed: it may be loaded at once."""
+        self._yard.forgive(handle.core_id, self._now_ns())
+        self.journal.changed(handle.name)
+
     def lost(self, core_ids: Iterable[int]) -> tuple[ModelHandle, ...]:
         """What held these models has died: they leave, and their memory is back already.
 
@@ -271,6 +288,18 @@ class Residency:
                 self._apply(self._yard.lost(core_id, self._now_ns()))
         return tuple(gone)
 
+    def copies_lost(self, core_ids: Iterable[int]) -> None:
+        """What held the copies of these models has died; their memory is back when it is over.
+
+        Args:
+            core_ids: the yard's ids of models.
+        """
+        for core_id in core_ids:
+            entry = self._yard.entry(core_id)
+            # One that is being dropped ends with that.
+            if entry is not None and entry.copy_state is CopyState.KEPT:
+                self._apply(self._yard.copy_lost(core_id, self._now_ns()))
+
     def handle_of(self, core_id: int) -> ModelHandle | None:
         """The handle of a model that the yard knows, by the yard's id for it."""
         return self._handles.get(core_id)
@@ -288,7 +317,7 @@ class Residency:
                 Reason.MODEL_IN_USE, f"model {handle.name!r} is pinned; unpin it first"
             ) from None
         self._apply(actions)
-        while self.use(handle).state in (State.LOADING, State.DRAINING, State.UNLOADING):
+        while self._is_on_its_way(handle):
             settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             handle._settled.append(settled)
             await settled
@@ -297,10 +326,18 @@ class Residency:
 
     async def gone(self, handle: ModelHandle) -> None:
         """Waits until a model that was removed holds nothing any more, but for what is lost."""
-        while self.use(handle).state in (State.LOADING, State.DRAINING, State.UNLOADING):
+        while self._is_on_its_way(handle):
             settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             handle._settled.append(settled)
             await settled
+
+    def _is_on_its_way(self, handle: ModelHandle) -> bool:
+        """True while a model comes or goes, or its copy goes."""
+        use = self.use(handle)
+        return (
+            use.state in (State.LOADING, State.DRAINING, State.UNLOADING)
+            or use.copy_state is CopyState.DROPPING
+        )
 
     # --- Requests -----------------------------------------------------------------------------
 
@@ -335,7 +372,10 @@ class Residency:
         self, handle: ModelHandle, began_ns: int, deadline_ns: int, asked: bool
     ) -> Lease:
         loop = asyncio.get_running_loop()
-        ticket, actions = self._yard.request(handle.core_id, self._now_ns(), deadline_ns)
+        try:
+            ticket, actions = self._yard.request(handle.core_id, self._now_ns(), deadline_ns)
+        except _core.StaleIdError:  # It was removed after the caller had looked it up.
+            raise Refusal(Reason.MODEL_NOT_FOUND, f"no model {handle.name!r}") from None
         future: asyncio.Future[int] = loop.create_future()
         self._tickets[ticket] = future
         self._apply(actions, asked=handle.core_id if asked else 0)
@@ -403,7 +443,7 @@ class Residency:
                 for device, size in charges.items()
                 if size > alone.get(device, 0)
             },
-            quarantined=entry.quarantined,
+            quarantined=without_tier(entry.quarantined, self._tier),
             pinned=entry.pinned,
             lease_count=entry.lease_count,
             waiting_count=entry.waiting_count,
@@ -414,11 +454,18 @@ class Residency:
             failure_transient=failed and entry.failure is _core.LoadFailure.TRANSIENT,
             failure_count=entry.failure_count if failed else 0,
             retry_in_s=max(0, entry.retry_at_ns - self._now_ns()) * 1e-9 if failed else 0.0,
+            copy_state=entry.copy_state,
+            copy_bytes=self._yard.copy_exclusive(handle.core_id),
+            copy_duration_s=entry.copy_seconds or None,
         )
 
     def device_use(self, device: int) -> DeviceUse:
         """What a device has promised and holds."""
         return device_use(self._yard, device)
+
+    def tier_use(self) -> TierUse | None:
+        """What the host tier has promised and holds; None if there is none."""
+        return tier_use(self._yard, self._handles)
 
     @property
     def counters(self) -> _core.Counters:
@@ -515,7 +562,12 @@ class Residency:
                 logger.debug("draining %s", self._handles[action.model].name)
             case _core.Unload():
                 del self._targets[action.model]
-                self._transfers.unload(self._handles[action.model])
+                handle = self._handles[action.model]
+                # Who stops makes no copies any more: nobody would load from them.
+                keep = action.keep and not self._closing
+                self._transfers.unload(handle, keep=keep, most_bytes=action.most)
+            case _core.DropCopy():
+                self._transfers.drop_copy(self._handles[action.model])
             case _core.WakeAt():
                 self._wake_at(action.at_ns)
             case _:
@@ -565,13 +617,12 @@ class Residency:
         """See Outcomes."""
         self.set_ways(handle, ways)
 
-    def loaded(
-        self, handle: ModelHandle, target: Target, held: Mapping[int, int], took_s: float
-    ) -> None:
+    def loaded(self, handle: ModelHandle, target: Target, loaded: Loaded, took_s: float) -> None:
         """See Outcomes."""
         core_id = handle.core_id
         self._targets[core_id] = target
-        self._apply(self._yard.load_done(core_id, self._now_ns(), dict(held), took_s))
+        own_bytes, source = dict(loaded.own_bytes), _core.Source[loaded.source.name]
+        self._apply(self._yard.load_done(core_id, self._now_ns(), own_bytes, took_s, source))
         self._settle(handle)
 
     def load_failed(self, handle: ModelHandle, failure: _core.LoadFailure) -> None:
@@ -580,8 +631,9 @@ class Residency:
         self._settle(handle)
         self._forget_if_gone(handle)
 
-    def unloaded(self, handle: ModelHandle, freed: Mapping[int, int]) -> Mapping[int, int]:
+    def unloaded(self, handle: ModelHandle, unloaded: Unloaded) -> Mapping[int, int]:
         """See Outcomes."""
+        freed = unloaded.freed
         held = self._yard.held_with_shares(handle.core_id)
         alone = self._yard.exclusive(handle.core_id)
         missing = {
@@ -591,7 +643,13 @@ class Residency:
             if size > freed.get(device, 0) and alone.get(device, 0)
         }
         back = {device: size - missing.get(device, 0) for device, size in alone.items()}
-        self._apply(self._yard.unload_done(handle.core_id, self._now_ns(), back))
+        is_kept = unloaded.refused_bytes is None
+        copy_bytes = unloaded.kept_bytes if is_kept else unloaded.refused_bytes
+        self._apply(
+            self._yard.unload_done(
+                handle.core_id, self._now_ns(), back, copy_bytes, unloaded.keep_s, is_kept
+            )
+        )
         self._settle(handle)
         self._forget_if_gone(handle)
         return missing
@@ -608,6 +666,34 @@ class Residency:
     def is_short(self, handle: ModelHandle) -> bool:
         """See Outcomes."""
         return bool(self.use(handle).quarantined)
+
+    def copy_alone(self, handle: ModelHandle) -> int:
+        """See Outcomes."""
+        return self._yard.copy_exclusive(handle.core_id)
+
+    def copy_dropped(self, handle: ModelHandle, is_back: bool) -> int:
+        """See Outcomes."""
+        alone = self._yard.copy_exclusive(handle.core_id)
+        freed = alone if is_back else 0
+        self._apply(self._yard.copy_dropped(handle.core_id, self._now_ns(), freed))
+        self._copy_gone(handle.core_id)
+        return alone - freed
+
+    def copy_reclaimed(self, handle: ModelHandle) -> None:
+        """See Outcomes."""
+        entry = self._yard.entry(handle.core_id)
+        if entry is None or self._tier is None or not entry.quarantined.get(self._tier):
+            return
+        back = {self._tier: entry.quarantined[self._tier]}
+        self._apply(self._yard.reclaimed(handle.core_id, self._now_ns(), back))
+        self._copy_gone(handle.core_id)
+
+    def _copy_gone(self, core_id: int) -> None:
+        """A model's copy holds nothing any more, or less than before."""
+        if (handle := self._handles.get(core_id)) is not None:
+            self.journal.changed(handle.name)
+            self._settle(handle)
+            self._forget_if_gone(handle)
 
     def _settle(self, handle: ModelHandle) -> None:
         waiters, handle._settled = handle._settled, []

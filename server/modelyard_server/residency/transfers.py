@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from modelyard_server import _core
 from modelyard_server.devices.placed import PlacedAs, shared_of
 from modelyard_server.errors import Refusal
-from modelyard_server.execution.engine import Engine
+from modelyard_server.execution.engine import Engine, Loaded, Unloaded
 from modelyard_server.residency.values import MAX_BYTES, ModelHandle
 from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError, OptionError
 from modelyard_server.runtimes.targets import Target
@@ -25,7 +25,8 @@ __all__ = ["Outcomes", "Transfers"]
 logger = logging.getLogger(__name__)
 
 _RECHECK_S = (0.1, 1.0, 5.0, 30.0)
-"""When an unload's missing memory is looked for again; the last one repeats. And at each unload."""
+"""When an unload's missing memory is looked for again; the last one repeats. And at each unload.
+For a copy's memory likewise."""
 
 
 class Outcomes(Protocol):
@@ -34,22 +35,29 @@ class Outcomes(Protocol):
     def repriced(self, handle: ModelHandle, ways: Sequence[PlacedAs]) -> None:
         """A model turned out to need more before its load began; it is given up (load_failed)."""
 
-    def loaded(
-        self, handle: ModelHandle, target: Target, held: Mapping[int, int], took_s: float
-    ) -> None:
+    def loaded(self, handle: ModelHandle, target: Target, loaded: Loaded, took_s: float) -> None:
         """A load has ended well."""
 
     def load_failed(self, handle: ModelHandle, failure: _core.LoadFailure) -> None:
         """A load has failed and holds nothing."""
 
-    def unloaded(self, handle: ModelHandle, freed: Mapping[int, int]) -> Mapping[int, int]:
+    def unloaded(self, handle: ModelHandle, unloaded: Unloaded) -> Mapping[int, int]:
         """An unload has ended; returns what is missing, by position of the device."""
+
+    def copy_alone(self, handle: ModelHandle) -> int:
+        """What no other copy holds of a model's copy, in bytes."""
+
+    def copy_dropped(self, handle: ModelHandle, is_back: bool) -> int:
+        """The copy of a model has been dropped; returns what is missing of it, in bytes."""
+
+    def copy_reclaimed(self, handle: ModelHandle) -> None:
+        """The memory of a copy that was missing is back after all."""
 
     def reclaimed(self, handle: ModelHandle, back: Mapping[int, int]) -> None:
         """Memory that was missing is back after all."""
 
     def is_short(self, handle: ModelHandle) -> bool:
-        """True while a model's memory is missing."""
+        """True while a model's memory is missing on a device."""
 
 
 class Transfers:
@@ -85,9 +93,13 @@ class Transfers:
         handle.load_stopped = True
         self._engine.cancel_load(handle.core_id)
 
-    def unload(self, handle: ModelHandle) -> None:
-        """Begins an unload."""
-        self._start(self._tasks, self._unload(handle), f"unload {handle.name}")
+    def unload(self, handle: ModelHandle, *, keep: bool, most_bytes: int) -> None:
+        """Begins an unload, with a copy of the weights if they are to be kept; see Engine."""
+        self._start(self._tasks, self._unload(handle, keep, most_bytes), f"unload {handle.name}")
+
+    def drop_copy(self, handle: ModelHandle) -> None:
+        """Begins to drop the copy of a model's weights."""
+        self._start(self._tasks, self._drop_copy(handle), f"drop the copy of {handle.name}")
 
     def stop(self) -> None:
         """Loads from now on end before they begin, and nothing is looked for any more."""
@@ -114,6 +126,7 @@ class Transfers:
         )
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+        task.add_done_callback(_log_defect)
 
     async def _load(self, handle: ModelHandle, target: Target) -> None:
         loop = asyncio.get_running_loop()
@@ -126,7 +139,7 @@ class Transfers:
             # The engine did not know of the load until now, and could not stop it.
             if handle.load_stopped:
                 raise LoadCancelled
-            held = await self._engine.load(handle.core_id, handle.spec, target)
+            loaded = await self._engine.load(handle.core_id, handle.spec, target)
         except LoadCancelled:
             failure = _core.LoadFailure.CANCELLED
         except ModelFilesError as error:
@@ -149,9 +162,9 @@ class Transfers:
             logger.exception("loading %s failed", handle.name)
         else:
             took_s = loop.time() - began
-            logger.info("loaded %s in %.3f s", handle.name, took_s)
+            logger.info("loaded %s in %.3f s, from %s", handle.name, took_s, loaded.source.value)
             handle.failure_text = ""
-            self._outcomes.loaded(handle, target, held, took_s)
+            self._outcomes.loaded(handle, target, loaded, took_s)
             # Only now: whoever is granted by this load still reads when it began.
             loop.call_soon(setattr, handle, "load_started", None)
             return
@@ -179,9 +192,11 @@ class Transfers:
         self._outcomes.repriced(handle, ways)
         raise LoadCancelled
 
-    async def _unload(self, handle: ModelHandle) -> None:
-        freed = await self._engine.unload(handle.core_id)
-        missing = self._outcomes.unloaded(handle, freed)
+    async def _unload(self, handle: ModelHandle, keep: bool, most_bytes: int) -> None:
+        unloaded = await self._engine.unload(
+            handle.core_id, keep=keep, most_bytes=most_bytes if keep else None
+        )
+        missing = self._outcomes.unloaded(handle, unloaded)
         self._unloaded.set()
         self._unloaded = asyncio.Event()
         for device, size_bytes in missing.items():
@@ -193,6 +208,29 @@ class Transfers:
             )
         if missing and not self._closing:
             self._start(self._rechecks, self._recheck(handle), f"recheck {handle.name}")
+
+    async def _drop_copy(self, handle: ModelHandle) -> None:
+        while not (is_back := await self._engine.drop_copy(handle.core_id)):
+            # Of one that holds nothing alone nothing can be quarantined. It is on its way until it
+            # is back: the engine makes no other copy of its model before.
+            if self._closing or self._outcomes.copy_alone(handle):
+                break
+            await asyncio.sleep(_RECHECK_S[0])
+        missing = self._outcomes.copy_dropped(handle, is_back)
+        if not missing:
+            return
+        logger.warning("%d bytes of a copy of %s are still in use", missing, handle.name)
+        if not self._closing:
+            self._start(self._rechecks, self._recheck_copy(handle), f"recheck {handle.name}")
+
+    async def _recheck_copy(self, handle: ModelHandle) -> None:
+        attempt = 0
+        while True:
+            await asyncio.sleep(_RECHECK_S[min(attempt, len(_RECHECK_S) - 1)])
+            attempt += 1
+            if await self._engine.drop_copy(handle.core_id):
+                self._outcomes.copy_reclaimed(handle)
+                return
 
     async def _recheck(self, handle: ModelHandle) -> None:
         attempt = 0
@@ -208,3 +246,9 @@ class Transfers:
             if back:
                 logger.info("%d quarantined bytes of %s are back", sum(back.values()), handle.name)
                 self._outcomes.reclaimed(handle, back)
+
+
+def _log_defect(task: asyncio.Task[None]) -> None:
+    """Says it at once if a transfer has ended as none should: its model stays where it was."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("%s broke", task.get_name(), exc_info=error)

@@ -15,10 +15,12 @@ __all__ = [
     "MAX_BYTES",
     "NEVER_NS",
     "POLICIES",
+    "CopyState",
     "DeviceUse",
     "ModelHandle",
     "ModelUse",
     "State",
+    "TierUse",
     "YardSettings",
 ]
 
@@ -33,6 +35,9 @@ POLICIES: tuple[str, ...] = _core.POLICIES
 
 State = _core.State
 """Where a model stands: COLD, QUEUED, LOADING, RESIDENT, DRAINING, UNLOADING or FAILED."""
+
+CopyState = _core.CopyState
+"""Where its copy on the host tier stands: NONE, AWAITED, MAKING, KEPT or DROPPING."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +54,12 @@ class YardSettings:
         backoff_initial_s: first pause after a failed load.
         backoff_max_s: longest such pause.
         explain_capacity: decisions that are remembered.
+        tier_budget: bytes of the host tier; 0 for none.
+        above_tier: for each device, if copies of its models may be kept on the host tier.
     """
 
     budgets: tuple[int, ...]
-    policy: str = "gap"
+    policy: str = "ensemble"
     max_waiting_per_model: int = 1024
     max_waiting: int = 65536
     loads_per_device: int = 1
@@ -60,6 +67,8 @@ class YardSettings:
     backoff_initial_s: float = 1.0
     backoff_max_s: float = 60.0
     explain_capacity: int = 4096
+    tier_budget: int = 0
+    above_tier: tuple[bool, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -80,6 +89,7 @@ class ModelHandle:
         load_stopped: its load was told to stop.
         failure_text: why its last load failed, while it is FAILED.
         barred_text: why it is not to be loaded any more; empty if it may be.
+        finished_runs: requests it has answered; what speaks for it when a worker dies.
     """
 
     name: str
@@ -95,6 +105,7 @@ class ModelHandle:
     load_stopped: bool = False
     failure_text: str = ""
     barred_text: str = ""
+    finished_runs: int = 0
     _settled: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
@@ -110,6 +121,10 @@ class ModelUse:
     Attributes:
         charges: all it holds.
         shared: what of that other models hold as well.
+        load_duration_s: what its next load is expected to take; None before the first.
+        copy_state: where its copy on the host tier stands.
+        copy_bytes: what comes back when that copy is dropped.
+        copy_duration_s: what loads from a copy took; None before the first.
     """
 
     state: _core.State
@@ -126,6 +141,9 @@ class ModelUse:
     failure_transient: bool
     failure_count: int
     retry_in_s: float
+    copy_state: _core.CopyState = CopyState.NONE
+    copy_bytes: int = 0
+    copy_duration_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +163,32 @@ class DeviceUse:
     saved: int
     load_count: int
     eviction_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierUse:
+    """What the host tier has promised and holds, at one moment, in bytes.
+
+    Attributes:
+        saved: what its copies would hold more if each held alone what it shares with others.
+        copies: how many there are, those included that are being made or dropped.
+        kept_count: copies made since the server started.
+        dropped_count: copies dropped.
+        promotion_count: loads from a copy.
+    """
+
+    budget: int
+    reserved: int
+    resident: int
+    draining: int
+    quarantined: int
+    deficit: int
+    peak: int
+    saved: int
+    copies: int
+    kept_count: int
+    dropped_count: int
+    promotion_count: int
 
 
 GONE = ModelUse(

@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from modelyard_server.transport.api import Handler, Handlers, StatusReply, Streaming
 from modelyard_server.transport.carrying import Carrier
 
-__all__ = ["AioTransport", "PortInUse"]
+__all__ = ["AioTransport", "PortInUse", "most_sent_bytes"]
 
 _MAX_SEND_BYTES = 64 * 1024 * 1024
 _STREAMS_PER_CONNECTION = 1024
@@ -46,10 +46,15 @@ class PortInUse(Exception):
         self.address = address
 
 
+def most_sent_bytes(max_message_bytes: int) -> int:
+    """Largest message that can be sent by a server with this limit for requests."""
+    return max(_MAX_SEND_BYTES, max_message_bytes)
+
+
 def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max(_MAX_SEND_BYTES, max_message_bytes)),
+        ("grpc.max_send_message_length", most_sent_bytes(max_message_bytes)),
         ("grpc.max_concurrent_streams", _STREAMS_PER_CONNECTION),
         ("grpc.max_metadata_size", 8192),
         ("grpc.absolute_max_metadata_size", 16384),

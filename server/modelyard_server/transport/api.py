@@ -9,8 +9,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
-__all__ = ["Call", "Handler", "Handlers", "StatusReply", "StreamHandler", "Streaming"]
+__all__ = [
+    "IDENTITY_KEY",
+    "Call",
+    "Handler",
+    "Handlers",
+    "StatusReply",
+    "StreamHandler",
+    "Streaming",
+]
+
+
+IDENTITY_KEY: Final = "x-modelyard-identity"
+"""Metadata in which a caller may say who it is; not authenticated."""
+
+_MOST_IDENTITY: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +36,31 @@ class Call:
         body: the request message, serialized.
         read_metadata: reads what came with it; see metadata.
         remaining_s: how long the caller will wait; None if it set no deadline.
+        read_peer: reads where it came from, as gRPC writes it: "ipv4:127.0.0.1:40000".
     """
 
     body: bytes
     read_metadata: Callable[[], Iterable[tuple[str, str | bytes]] | None]
     remaining_s: float | None
+    read_peer: Callable[[], str] = str
+
+    def identity(self) -> str:
+        """Who calls, as the metadata says; not authenticated. Empty if it does not say."""
+        for key, value in self.metadata:
+            if key == IDENTITY_KEY and isinstance(value, str):
+                return value[:_MOST_IDENTITY]
+        return ""
+
+    def client(self) -> str:
+        """One text for one caller: its identity, else the host that it calls from.
+
+        Empty if neither is known. No identity is the same as any host.
+        """
+        if identity := self.identity():
+            return f"identity:{identity}"
+        # Without the port: many connections bring no more turns than one.
+        peer = self.read_peer()
+        return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
 
     @property
     def metadata(self) -> Sequence[tuple[str, str | bytes]]:

@@ -70,7 +70,7 @@ class Carrier:
                     self._sweep_at = max(_SWEEP, 2 * len(tasks))
             try:
                 reply = await handler(
-                    Call(body, context.invocation_metadata, context.time_remaining())
+                    Call(body, context.invocation_metadata, context.time_remaining(), context.peer)
                 )
             except asyncio.CancelledError:
                 if _is_to_end(context):
@@ -97,7 +97,9 @@ class Carrier:
             try:
                 async with limit:
                     self._streams.add(limit)
-                    call = Call(body, context.invocation_metadata, context.time_remaining())
+                    call = Call(
+                        body, context.invocation_metadata, context.time_remaining(), context.peer
+                    )
                     end = await _pass_on(handler, call, context)
             except asyncio.CancelledError:
                 if _is_to_end(context):
