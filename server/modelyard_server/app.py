@@ -22,8 +22,10 @@ from modelyard_server.catalog.restoring import ConfiguredModel, Restorer
 from modelyard_server.catalog.store import CatalogStore
 from modelyard_server.catalog.writes import Writes
 from modelyard_server.config import Config, ModelConfig
+from modelyard_server.devices.host_tier import HostTier, take_host_tier
 from modelyard_server.devices.inventory import ManagedDevice, take_inventory
 from modelyard_server.devices.probes import Probe
+from modelyard_server.execution.batcher import BatchLimits
 from modelyard_server.execution.engine import Engine
 from modelyard_server.execution.thread_engine import ThreadEngine
 from modelyard_server.execution.workers.process_engine import ProcessEngine
@@ -35,14 +37,16 @@ from modelyard_server.residency.values import YardSettings
 from modelyard_server.runtimes.registry import make_runtimes
 from modelyard_server.runtimes.serving import make_serving_runtimes
 from modelyard_server.services.admin import AdminService
+from modelyard_server.services.batches import BatchService
 from modelyard_server.services.devices import DeviceService
 from modelyard_server.services.handler import draining, server_stream, unary
 from modelyard_server.services.inference import InferenceService
 from modelyard_server.services.models import ModelService
+from modelyard_server.services.recording import RecordingService
 from modelyard_server.services.residencies import ResidencyService
 from modelyard_server.services.status import defect_reply, reply_of
 from modelyard_server.services.watch import WatchService
-from modelyard_server.transport.aio import AioTransport
+from modelyard_server.transport.aio import AioTransport, most_sent_bytes
 from modelyard_server.transport.api import Handlers, Streaming
 from modelyard_server.weights.store import WeightStore
 
@@ -56,6 +60,7 @@ class Application:
     Attributes:
         config: what it was built from.
         devices: what it manages.
+        host_tier: where copies of evicted models are kept; None if there is none.
         engine: where models live.
         residency: which of them are in memory.
         catalog: which there are.
@@ -69,6 +74,7 @@ class Application:
 
     config: Config
     devices: tuple[ManagedDevice, ...]
+    host_tier: HostTier | None
     engine: Engine
     residency: Residency
     catalog: Catalog
@@ -127,8 +133,11 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
         weights.store.StoreError: the store of weights cannot be used.
     """
     devices = take_inventory(config.devices, roots=config.roots.values(), using=probes)
+    tier = take_host_tier(config.host_tier, devices, using=probes)
     names = tuple(device.name for device in devices)
     engine = _make_engine(config, devices)
+    if tier is not None:
+        engine.set_copies_budget(tier.budget_bytes)
     store = CatalogStore.open(config.catalog.path)
     writes = Writes(store)
     journal = Journal(capacity=config.yard.explain_capacity)
@@ -143,6 +152,8 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
             backoff_initial_s=config.yard.backoff_initial_s,
             backoff_max_s=config.yard.backoff_max_s,
             explain_capacity=config.yard.explain_capacity,
+            tier_budget=0 if tier is None else tier.budget_bytes,
+            above_tier=() if tier is None else tier.above,
         ),
         device_names=names,
         engine=engine,
@@ -161,6 +172,7 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
         writes=writes,
         journal=journal,
     )
+    engine.on_measured = registry.note_runs
     plans = DevicePlans(
         devices=devices,
         catalog=catalog,
@@ -168,9 +180,15 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
         residency=residency,
         writes=writes,
         journal=journal,
+        tier=tier,
     )
     restorer = Restorer(
-        devices=devices, registry=registry, plans=plans, residency=residency, writes=writes
+        devices=devices,
+        registry=registry,
+        plans=plans,
+        residency=residency,
+        writes=writes,
+        tier=tier,
     )
     max_deadline_s = config.server.max_deadline_s
     inference = InferenceService(
@@ -183,6 +201,7 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
     )
     handlers = _handlers(
         inference,
+        BatchService(inference, most_answer_bytes=most_sent_bytes(config.server.max_message_bytes)),
         ModelService(
             catalog=catalog,
             registry=registry,
@@ -215,11 +234,13 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
             runtimes=tuple(make_runtimes(config.allowed_factories)),
         ),
         WatchService(journal=journal, residency=residency, catalog=catalog, device_names=names),
+        RecordingService(log=inference.log, catalog=catalog, residency=residency),
         acting=journal.acting,
     )
     return Application(
         config=config,
         devices=devices,
+        host_tier=tier,
         engine=engine,
         residency=residency,
         catalog=catalog,
@@ -250,10 +271,14 @@ def _make_engine(config: Config, devices: Sequence[ManagedDevice]) -> ThreadEngi
         "arena_bytes": weights.arena,
     }
     engine_devices = [device.engine_device() for device in devices]
+    batches = BatchLimits(
+        most_rows=config.engine.max_batch_rows, most_bytes=config.engine.max_batch_bytes
+    )
     if config.engine.kind == "thread":
         return ThreadEngine(
             devices=engine_devices,
             runtimes=make_serving_runtimes(config.allowed_factories, **settings),
+            batches=batches,
         )
     if weights.store is not None:
         # The workers open it, each for itself. What is wrong with it is told here, at once.
@@ -269,6 +294,7 @@ def _make_engine(config: Config, devices: Sequence[ManagedDevice]) -> ThreadEngi
             run_limit_s=config.engine.run_limit_s,
             load_limit_s=config.engine.load_limit_s,
             headroom_bytes=config.engine.headroom,
+            batches=batches,
         ),
         budgets=[device.budget_bytes for device in devices],
     )
@@ -276,11 +302,13 @@ def _make_engine(config: Config, devices: Sequence[ManagedDevice]) -> ThreadEngi
 
 def _handlers(
     inference: InferenceService,
+    batches: BatchService,
     models: ModelService,
     devices: DeviceService,
     residencies: ResidencyService,
     admin: AdminService,
     watch: WatchService,
+    recording: RecordingService,
     *,
     acting: Callable[[str], AbstractContextManager[None]],
 ) -> Handlers:
@@ -291,7 +319,10 @@ def _handlers(
         admin_service_pb2,
     )
     return {
-        "modelyard.v1.InferenceService": {"Predict": inference.predict},
+        "modelyard.v1.InferenceService": {
+            "Predict": inference.predict,
+            "PredictBatch": batches.predict_batch,
+        },
         "modelyard.v1.ModelService": {
             "CreateModel": unary(m.CreateModelRequest, models.create_model, acting=acting),
             "GetModel": unary(m.GetModelRequest, models.get_model),
@@ -327,6 +358,9 @@ def _handlers(
             "GetServerInfo": unary(a.GetServerInfoRequest, admin.get_server_info),
             "GetStats": unary(a.GetStatsRequest, admin.get_stats),
             "WatchEvents": Streaming(server_stream(a.WatchEventsRequest, watch.watch_events)),
+            "WatchRequests": Streaming(
+                server_stream(a.WatchRequestsRequest, recording.watch_requests)
+            ),
         },
     }
 

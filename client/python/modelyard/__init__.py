@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from modelyard.errors import (
         AlreadyExists,
+        AnswerTooLarge,
         BudgetExhausted,
         CatalogUnavailable,
         ConfigOwned,
@@ -82,9 +83,12 @@ if TYPE_CHECKING:
         PlanReport,
         Rebalanced,
     )
-    from modelyard.prediction import Prediction, Served
+    from modelyard.prediction import BatchItem, Prediction, Served
+    from modelyard.recordings import RecordedModel, RecordedRequest, RequestRecords
     from modelyard.resources import (
+        CopyState,
         DeviceCharge,
+        HostTier,
         LoadFailure,
         ManagedDevice,
         Model,
@@ -97,7 +101,7 @@ if TYPE_CHECKING:
         ServerStats,
     )
     from modelyard.tensors import Bfloat16, TensorError, from_tensor, to_tensor
-    from modelyard.watch import EventWatch, ResidencyWatch
+    from modelyard.watch import EventWatch, RequestWatch, ResidencyWatch
 
     __version__: str
 
@@ -105,14 +109,17 @@ __all__ = [
     "UNSET",
     "Admin",
     "AlreadyExists",
+    "AnswerTooLarge",
     "AsyncClient",
     "AutomaticPlacement",
+    "BatchItem",
     "Bfloat16",
     "BudgetExhausted",
     "CatalogUnavailable",
     "Client",
     "ComponentDevice",
     "ConfigOwned",
+    "CopyState",
     "DeadlineExceeded",
     "DeadlineUnreachable",
     "Device",
@@ -130,6 +137,7 @@ __all__ = [
     "EventType",
     "EventWatch",
     "Explanation",
+    "HostTier",
     "InvalidRequest",
     "KeyNotFound",
     "LoadFailed",
@@ -157,6 +165,10 @@ __all__ = [
     "Prediction",
     "QueueFull",
     "Rebalanced",
+    "RecordedModel",
+    "RecordedRequest",
+    "RequestRecords",
+    "RequestWatch",
     "Residency",
     "ResidencyChange",
     "ResidencyState",
@@ -189,7 +201,8 @@ _EXPORTS: Final = (
     ("devices", "ComponentDevice Device DeviceMap DeviceType resolve_device"),
     (
         "errors",
-        "AlreadyExists BudgetExhausted CatalogUnavailable ConfigOwned DeadlineExceeded "
+        "AlreadyExists AnswerTooLarge BudgetExhausted CatalogUnavailable ConfigOwned "
+        "DeadlineExceeded "
         "DeadlineUnreachable DeviceNotFound EtagMismatch InvalidRequest KeyNotFound LoadFailed "
         "ModelFailed ModelInUse ModelNeverFits ModelNotFound ModelyardError NotFound "
         "PlacementInvalid PreconditionFailed QueueFull ResourceExhausted "
@@ -202,14 +215,15 @@ _EXPORTS: Final = (
         "DeviceForecast DevicePlan DeviceSetting Displacement DrainedDevice ModelForecast "
         "ModelPlacement Move Obstacle PlanApplied PlanReport Rebalanced",
     ),
-    ("prediction", "Prediction Served"),
+    ("prediction", "BatchItem Prediction Served"),
+    ("recordings", "RecordedModel RecordedRequest RequestRecords"),
     (
         "resources",
-        "DeviceCharge LoadFailure ManagedDevice Model ModelOwner PlacedModel PlacedPart "
-        "Residency ResidencyState ServerInfo ServerStats",
+        "CopyState DeviceCharge HostTier LoadFailure ManagedDevice Model ModelOwner PlacedModel "
+        "PlacedPart Residency ResidencyState ServerInfo ServerStats",
     ),
     ("tensors", "Bfloat16 TensorError from_tensor to_tensor"),
-    ("watch", "EventWatch ResidencyWatch"),
+    ("watch", "EventWatch RequestWatch ResidencyWatch"),
 )
 
 # Hidden from type checkers: they see the imports above, and would take any name for an attribute

@@ -13,7 +13,9 @@ from modelyard._device_messages import placement_from
 from modelyard._predict_messages import seconds_from
 from modelyard._struct_messages import struct_to_dict
 from modelyard.resources import (
+    CopyState,
     DeviceCharge,
+    HostTier,
     LoadFailure,
     Model,
     ModelOwner,
@@ -45,6 +47,17 @@ _STATES: Final[Mapping[int, ResidencyState]] = MappingProxyType(
         residency_pb2.RESIDENCY_STATE_DRAINING: ResidencyState.DRAINING,
         residency_pb2.RESIDENCY_STATE_UNLOADING: ResidencyState.UNLOADING,
         residency_pb2.RESIDENCY_STATE_FAILED: ResidencyState.FAILED,
+    }
+)
+
+_COPY_STATES: Final[Mapping[int, CopyState]] = MappingProxyType(
+    {
+        # A server that is older than the host tier says nothing.
+        residency_pb2.COPY_STATE_UNSPECIFIED: CopyState.NONE,
+        residency_pb2.COPY_STATE_NONE: CopyState.NONE,
+        residency_pb2.COPY_STATE_MAKING: CopyState.MAKING,
+        residency_pb2.COPY_STATE_KEPT: CopyState.KEPT,
+        residency_pb2.COPY_STATE_DROPPING: CopyState.DROPPING,
     }
 )
 
@@ -106,6 +119,13 @@ def residency_from(message: residency_pb2.Residency) -> Residency:
         load_s=seconds_from(message.load_duration) if message.HasField("load_duration") else None,
         failure=_failure_from(message.failure) if message.HasField("failure") else None,
         quarantined=charges_from(message.quarantined),
+        copy_state=_COPY_STATES.get(message.copy_state, CopyState.UNKNOWN),
+        copy_bytes=message.copy_bytes,
+        copy_load_s=(
+            seconds_from(message.copy_load_duration)
+            if message.HasField("copy_load_duration")
+            else None
+        ),
     )
 
 
@@ -137,6 +157,24 @@ def server_stats_from(message: admin_service_pb2.GetStatsResponse) -> ServerStat
         process_resident_bytes=message.process_resident_bytes,
         peak_process_resident_bytes=message.peak_process_resident_bytes,
         worker_resident_bytes=message.worker_resident_bytes,
+        host_tier=_tier_from(message.host_tier) if message.HasField("host_tier") else None,
+    )
+
+
+def _tier_from(message: admin_service_pb2.HostTier) -> HostTier:
+    return HostTier(
+        budget_bytes=message.budget_bytes,
+        reserved_bytes=message.reserved_bytes,
+        resident_bytes=message.resident_bytes,
+        draining_bytes=message.draining_bytes,
+        quarantined_bytes=message.quarantined_bytes,
+        peak_bytes=message.peak_bytes,
+        saved_bytes=message.saved_bytes,
+        measured_bytes=message.measured_bytes,
+        copy_count=message.copy_count,
+        kept_count=message.kept_count,
+        dropped_count=message.dropped_count,
+        promotion_count=message.promotion_count,
     )
 
 

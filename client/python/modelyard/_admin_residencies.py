@@ -37,7 +37,7 @@ class ResidencyCalls(AdminCalls):
         return self._read_residency(response.residency)
 
     def unload(self, model: str, *, timeout_s: float | None = None) -> Residency:
-        """Take a model out of memory; return when its memory is back.
+        """Take a model and its copy on the host tier out of memory; return when both are back.
 
         Requests that run are answered first, so give it the time they may take. The unload goes
         on when the time runs out.

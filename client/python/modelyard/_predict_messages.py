@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
 
+from modelyard._status import error_from_item
 from modelyard._struct_messages import struct_from
-from modelyard.prediction import Prediction, Served
+from modelyard.errors import ModelyardError
+from modelyard.prediction import BatchItem, Inputs, Prediction, Served
 from modelyard.tensors import InputValue, TensorError, TensorValue, from_tensor, to_tensor
 from modelyard.v1 import inference_service_pb2
 
-__all__ = ["Inputs", "predict_request", "prediction_from", "seconds_from"]
+__all__ = [
+    "BatchItems",
+    "Inputs",
+    "batch_request",
+    "predict_request",
+    "prediction_from",
+    "results_from",
+    "seconds_from",
+]
 
-Inputs: TypeAlias = InputValue | Mapping[str, InputValue]
-"""One unnamed input, or inputs by name."""
+BatchItems: TypeAlias = Iterable[BatchItem | tuple[str, Inputs]]
+"""What ``predict_batch`` takes."""
 
 
 def predict_request(
@@ -69,6 +79,64 @@ def prediction_from(response: inference_service_pb2.PredictResponse) -> Predicti
             run_s=seconds_from(served.run_duration),
         ),
     )
+
+
+def batch_request(items: BatchItems) -> inference_service_pb2.PredictBatchRequest:
+    """Return the message of a batch.
+
+    Raises:
+        TypeError, ValueError: as ``predict_request``, for the item that the text names.
+    """
+    if isinstance(items, str | bytes | Mapping | BatchItem) or not isinstance(items, Iterable):
+        raise TypeError(f"items must be a list of BatchItem, got {type(items).__name__}")
+    request = inference_service_pb2.PredictBatchRequest()
+    for position, item in enumerate(items):
+        try:
+            request.items.append(_item_request(item))
+        except TypeError as error:
+            raise TypeError(f"items[{position}]: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"items[{position}]: {error}") from error
+    if not request.items:
+        raise ValueError("items is empty: a batch needs at least one")
+    return request
+
+
+def _item_request(item: object) -> inference_service_pb2.PredictRequest:
+    if isinstance(item, BatchItem):
+        return predict_request(item.key, item.inputs, item.parameters)
+    if isinstance(item, tuple) and len(item) == 2:
+        return predict_request(*item, None)
+    raise TypeError(f"must be a BatchItem or (key, inputs), got {type(item).__name__}")
+
+
+def results_from(
+    response: inference_service_pb2.PredictBatchResponse, count: int
+) -> list[Prediction | ModelyardError]:
+    """Return what became of each item.
+
+    Args:
+        response: the answer to a batch.
+        count: of its items.
+
+    Raises:
+        ValueError: the answer breaks the contract.
+    """
+    if len(response.results) != count:
+        raise ValueError(f"{len(response.results)} results for {count} items")
+    return [_result_from(result) for result in response.results]
+
+
+def _result_from(
+    result: inference_service_pb2.PredictBatchResult,
+) -> Prediction | ModelyardError:
+    match result.WhichOneof("result"):
+        case "response":
+            return prediction_from(result.response)
+        case "error":
+            return error_from_item(result.error)
+        case _:
+            raise ValueError("an item has neither an answer nor an error")
 
 
 def seconds_from(duration: Duration) -> float:

@@ -19,11 +19,24 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from modelyard import errors
+from modelyard.v1 import error_reason_pb2, inference_service_pb2
 
-__all__ = ["ERROR_DOMAIN", "error_from_rpc", "reading_answer"]
+__all__ = [
+    "ERROR_DOMAIN",
+    "error_from_item",
+    "error_from_rpc",
+    "reading_answer",
+    "reason_name",
+]
 
 ERROR_DOMAIN: Final = "modelyard"
 """``ErrorInfo.domain`` of errors whose reasons are the contract's."""
+
+_REASON_PREFIX: Final = "ERROR_REASON_"
+
+_CODES: Final[Mapping[int, grpc.StatusCode]] = MappingProxyType(
+    {code.value[0]: code for code in grpc.StatusCode if code is not grpc.StatusCode.OK}
+)
 
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 
@@ -53,6 +66,7 @@ _BY_REASON: Final[Mapping[str, type[errors.ModelyardError]]] = MappingProxyType(
         "CONFIG_OWNED": errors.ConfigOwned,
         "CATALOG_UNAVAILABLE": errors.CatalogUnavailable,
         "WORKER_LOST": errors.WorkerLost,
+        "ANSWER_TOO_LARGE": errors.AnswerTooLarge,
     }
 )
 
@@ -106,6 +120,39 @@ def error_from_rpc(error: grpc.RpcError, *, target: str) -> errors.ModelyardErro
         retry_after_s=details.retry_after_s,
         violations=details.violations,
     )
+
+
+def error_from_item(message: inference_service_pb2.PredictBatchError) -> errors.ModelyardError:
+    """Return the typed error for an item of a batch that was refused or failed."""
+    reason = reason_name(message.reason)
+    # A code that is none is a server's of some other kind.
+    code = _CODES.get(message.code, grpc.StatusCode.UNKNOWN)
+    cls = _BY_REASON.get(reason or "") or _BY_CODE.get(code, errors.ModelyardError)
+    delay = message.retry_delay
+    return cls(
+        message.message or f"the item ended with {code.name}",
+        code=code,
+        reason=reason,
+        metadata=dict(message.metadata),
+        retry_after_s=(
+            max(0.0, delay.seconds + delay.nanos / 1e9) if message.HasField("retry_delay") else None
+        ),
+        violations=[
+            errors.Violation(field=violation.subject, description=violation.description)
+            for violation in message.violations
+        ],
+    )
+
+
+def reason_name(number: int) -> str | None:
+    """Return the name of a reason without its prefix; None for none.
+
+    One that this version does not know goes by its number.
+    """
+    if not number:
+        return None
+    value = error_reason_pb2.ErrorReason.DESCRIPTOR.values_by_number.get(number)
+    return str(number) if value is None else value.name.removeprefix(_REASON_PREFIX)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from modelyard.v1.admin_service_pb2_grpc import AdminServiceStub
 from modelyard.v1.device_service_pb2_grpc import DeviceServiceStub
 from modelyard.v1.model_service_pb2_grpc import ModelServiceStub
 from modelyard.v1.residency_service_pb2_grpc import ResidencyServiceStub
-from modelyard.watch import EventWatch
+from modelyard.watch import EventWatch, RequestWatch
 
 __all__ = ["UNSET", "Admin", "Unset"]
 
@@ -125,6 +125,32 @@ class Admin(ModelCalls, DeviceCalls, ResidencyCalls):
 
         return EventWatch(
             self._connection, open_call, resume=resume, timeout_s=timeout_s, times=None
+        )
+
+    def watch_requests(self, *, timeout_s: float | None = None) -> RequestWatch:
+        """Return an iterator over what becomes of requests, from now on.
+
+        The first it gives says what the models are, and comes at once.
+
+        Args:
+            timeout_s: most seconds the watch may last, whereafter it raises ``DeadlineExceeded``;
+                None for as long as it is not closed.
+
+        Raises:
+            TypeError, ValueError: an argument of no use.
+            RuntimeError: the client is closed.
+            What ends the watch is raised by its iteration: QueueFull (too many watches),
+            ServerUnavailable, ServerDraining, any other ModelyardError.
+        """
+
+        def open_call(
+            position: WatchPosition | None, call_timeout_s: float
+        ) -> StreamingCall[admin_service_pb2.WatchRequestsResponse]:
+            request = admin_service_pb2.WatchRequestsRequest()
+            return self._connection.open_stream(self._admin.WatchRequests, request, call_timeout_s)
+
+        return RequestWatch(
+            self._connection, open_call, resume=None, timeout_s=timeout_s, times=None
         )
 
     def close(self) -> None:

@@ -15,8 +15,16 @@ from modelyard._connection import (
     AsyncConnection,
     ConnectionSettings,
 )
-from modelyard._predict_messages import Inputs, predict_request, prediction_from
+from modelyard._predict_messages import (
+    BatchItems,
+    Inputs,
+    batch_request,
+    predict_request,
+    prediction_from,
+    results_from,
+)
 from modelyard._status import reading_answer
+from modelyard.errors import ModelyardError
 from modelyard.prediction import Prediction
 from modelyard.v1.inference_service_pb2_grpc import InferenceServiceStub
 
@@ -81,6 +89,29 @@ class AsyncClient:
         response = await self._connection.call(stub.Predict, request, timeout_s)
         with reading_answer(self._connection.settings.target):
             return prediction_from(response)
+
+    async def predict_batch(
+        self, items: BatchItems, *, timeout_s: float | None = None
+    ) -> list[Prediction | ModelyardError]:
+        """Run the models that many keys mean, in one call, as ``Client.predict_batch`` does.
+
+        Cancelling the task cancels every item; what a model has begun to compute goes on.
+
+        Returns:
+            For each item, in their order, its prediction, or the error it ended with.
+
+        Raises:
+            TypeError: an item of a type that cannot be sent; the text says which.
+            ValueError: an item that cannot be sent, no item at all, or more than
+                ``max_message_bytes``.
+            ModelyardError: the call as a whole was refused or failed.
+            RuntimeError: the client is closed, or in use on another event loop.
+        """
+        request = batch_request(items)
+        stub = InferenceServiceStub(self._connection.channel())
+        response = await self._connection.call(stub.PredictBatch, request, timeout_s)
+        with reading_answer(self._connection.settings.target):
+            return results_from(response, len(request.items))
 
     async def close(self) -> None:
         """Close the connection; calls under way are cancelled."""

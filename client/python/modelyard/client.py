@@ -15,8 +15,16 @@ from modelyard._connection import (
     Connection,
     ConnectionSettings,
 )
-from modelyard._predict_messages import Inputs, predict_request, prediction_from
+from modelyard._predict_messages import (
+    BatchItems,
+    Inputs,
+    batch_request,
+    predict_request,
+    prediction_from,
+    results_from,
+)
 from modelyard._status import reading_answer
+from modelyard.errors import ModelyardError
 from modelyard.prediction import Prediction
 from modelyard.v1.inference_service_pb2_grpc import InferenceServiceStub
 
@@ -97,6 +105,37 @@ class Client:
         response = self._connection.call(self._stub.Predict, request, timeout_s)
         with reading_answer(self._connection.settings.target):
             return prediction_from(response)
+
+    def predict_batch(
+        self, items: BatchItems, *, timeout_s: float | None = None
+    ) -> list[Prediction | ModelyardError]:
+        """Run the models that many keys mean, in one call.
+
+        The server groups the items by model, so their order costs nothing: each model is loaded at
+        most once for the call as long as nobody else needs its memory, and different models are
+        loaded and run at the same time. One item's failure is no other's. The deadline is for all:
+        items that it finds unfinished end with ``DeadlineExceeded``, the others are answered.
+
+        Args:
+            items: what to ask for, 1 to 1024: ``BatchItem``, or ``(key, inputs)``.
+            timeout_s: seconds the call may take; None takes the client's.
+
+        Returns:
+            For each item, in their order, its prediction, or why there is none. Such an error is
+            returned and not raised, and not retried: its ``retry_after_s`` says whether and when
+            asking again can help.
+
+        Raises:
+            TypeError: an item of a type that cannot be sent; the text says which.
+            ValueError: an item that cannot be sent, no item at all, or more than
+                ``max_message_bytes``.
+            ModelyardError: the call as a whole was refused or failed.
+            RuntimeError: the client is closed.
+        """
+        request = batch_request(items)
+        response = self._connection.call(self._stub.PredictBatch, request, timeout_s)
+        with reading_answer(self._connection.settings.target):
+            return results_from(response, len(request.items))
 
     def close(self) -> None:
         """Close the connection; calls that other threads have under way end with an error."""

@@ -23,6 +23,7 @@ import grpc
 
 __all__ = [
     "AlreadyExists",
+    "AnswerTooLarge",
     "BudgetExhausted",
     "CatalogUnavailable",
     "ConfigOwned",
@@ -199,6 +200,13 @@ class ConfigOwned(PreconditionFailed):
 
 class ResourceExhausted(ModelyardError):
     """The server has no room for this request now."""
+
+
+class AnswerTooLarge(ResourceExhausted):
+    """With this item's answer, those of a batch would be larger together than a message may be.
+
+    It was computed and thrown away: ask for fewer items at a time.
+    """
 
 
 class BudgetExhausted(ResourceExhausted):

@@ -64,6 +64,10 @@ class EventType(Enum):
     """The first request began to wait for a model that is not resident."""
     LOST = "lost"
     """A model's memory is gone: the process that held it has died."""
+    COPY_KEPT = "copy_kept"
+    """A copy of an evicted model's weights is on the host tier."""
+    COPY_DROPPED = "copy_dropped"
+    """A model's copy leaves the host tier; ``cause`` is for whom, ``score`` why this one."""
 
     def __str__(self) -> str:
         return str(self.value)

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from modelyard.tensors import TensorValue
+from modelyard.tensors import InputValue, TensorValue
 
-__all__ = ["Prediction", "Served"]
+__all__ = ["BatchItem", "Inputs", "Prediction", "Served"]
+
+Inputs: TypeAlias = InputValue | Mapping[str, InputValue]
+"""One unnamed input, or inputs by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BatchItem:
+    """One of the predictions that ``predict_batch`` asks for; arguments as those of ``predict``.
+
+    Args:
+        key: what to ask for.
+        inputs: one value, or values by input name.
+        parameters: parameters of this run.
+    """
+
+    key: str
+    inputs: Inputs
+    parameters: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

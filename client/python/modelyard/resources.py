@@ -16,7 +16,9 @@ from modelyard.devices import Device
 from modelyard.placements import Placement
 
 __all__ = [
+    "CopyState",
     "DeviceCharge",
+    "HostTier",
     "LoadFailure",
     "ManagedDevice",
     "Model",
@@ -97,7 +99,8 @@ class Model:
         alternatives: the ways to load it, as placement and files have it.
         warnings: what an operator should know and is no error.
         estimated_activation_bytes: what a run of the largest batch takes beside the weights, as
-            predicted; 0 if nobody knows. Not charged to the device.
+            predicted and corrected by what runs really took; 0 if nobody knows. Not charged to the
+            device.
     """
 
     name: str
@@ -209,6 +212,25 @@ class ResidencyState(Enum):
         return str(self.value)
 
 
+class CopyState(Enum):
+    """Where a model's copy on the host tier stands."""
+
+    UNKNOWN = "unknown"
+    """A state this version does not know."""
+    NONE = "none"
+    """There is none."""
+    MAKING = "making"
+    """The model is leaving its device, and its weights are being copied, or will be if there is
+    room."""
+    KEPT = "kept"
+    """It is there, and loads read from it."""
+    DROPPING = "dropping"
+    """It is being given back, and counts until its memory is really free."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceCharge:
     """Bytes on one device; ``device`` is its resource name.
@@ -255,9 +277,13 @@ class Residency:
         lease_count: requests that use it now.
         waiting_request_count: requests that wait for it now.
         load_count: loads since the server started.
-        load_s: how long loading takes, as measured; None before the first load.
+        load_s: how long its next load is expected to take, from what was measured; None before the
+            first load.
         failure: set while the state is FAILED.
         quarantined: what it should have given back and did not.
+        copy_state: where its copy on the host tier stands.
+        copy_bytes: what comes back when that copy is dropped.
+        copy_load_s: how long loading from a copy takes, as measured; None before the first time.
     """
 
     name: str
@@ -271,6 +297,9 @@ class Residency:
     load_s: float | None
     failure: LoadFailure | None
     quarantined: tuple[DeviceCharge, ...]
+    copy_state: CopyState = CopyState.NONE
+    copy_bytes: int = 0
+    copy_load_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,6 +324,46 @@ class ServerInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostTier:
+    """What a server's host tier holds and has done: copies of weights of evicted models.
+
+    Args:
+        budget_bytes: most bytes that copies may hold together.
+        reserved_bytes: promised to copies that are being made.
+        resident_bytes: of copies that are kept.
+        draining_bytes: of copies that are being dropped, until their memory is really free.
+        quarantined_bytes: what dropped copies should have given back and did not.
+        peak_bytes: highest sum of the four kinds since the server started.
+        saved_bytes: what the copies would hold more if each held alone what it shares with others.
+        measured_bytes: measured in the copies that are kept now.
+        copy_count: copies there are now, those included that are being made or dropped.
+        kept_count: copies made since the server started.
+        dropped_count: copies dropped or lost since then.
+        promotion_count: loads from a copy since then.
+    """
+
+    budget_bytes: int
+    reserved_bytes: int
+    resident_bytes: int
+    draining_bytes: int
+    quarantined_bytes: int
+    peak_bytes: int
+    saved_bytes: int
+    measured_bytes: int
+    copy_count: int
+    kept_count: int
+    dropped_count: int
+    promotion_count: int
+
+    @property
+    def accounted_bytes(self) -> int:
+        """Bytes that count against the budget: reserved, resident, draining and quarantined."""
+        return (
+            self.reserved_bytes + self.resident_bytes + self.draining_bytes + self.quarantined_bytes
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStats:
     """What a server has done since it started.
 
@@ -313,6 +382,7 @@ class ServerStats:
         peak_process_resident_bytes: highest value of the same since it started.
         worker_resident_bytes: memory of the processes that models run in, where the server has
             such.
+        host_tier: copies of evicted models; None on a server without a host tier.
     """
 
     answered_count: int
@@ -328,3 +398,4 @@ class ServerStats:
     process_resident_bytes: int
     peak_process_resident_bytes: int
     worker_resident_bytes: int = 0
+    host_tier: HostTier | None = None

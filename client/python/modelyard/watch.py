@@ -20,19 +20,21 @@ from typing import Any, Generic, Self, TypeVar
 
 from modelyard._connection import Connection, StreamingCall, checked_timeout
 from modelyard._event_messages import event_from, residency_change_from
+from modelyard._recording_messages import request_records_from
 from modelyard._status import reading_answer
 from modelyard._stream import Received, ResumingStream, StreamTimes
 from modelyard.events import Event, ResidencyChange, WatchPosition
+from modelyard.recordings import RequestRecords
 from modelyard.v1 import admin_service_pb2, residency_service_pb2
 
-__all__ = ["EventWatch", "ResidencyWatch"]
+__all__ = ["EventWatch", "RequestWatch", "ResidencyWatch"]
 
 _MessageT = TypeVar("_MessageT")
 _ValueT = TypeVar("_ValueT")
 
 
 class _Watch(Generic[_MessageT, _ValueT]):
-    """What both watches are: an iterator over a stream's messages as values."""
+    """What all watches are: an iterator over a stream's messages as values."""
 
     def __init__(
         self,
@@ -183,6 +185,22 @@ class EventWatch(_Watch[admin_service_pb2.WatchEventsResponse, Event]):
     @staticmethod
     def _position_of(message: Any) -> WatchPosition | None:
         return _position(message.epoch, message.revision)
+
+
+class RequestWatch(_Watch[admin_service_pb2.WatchRequestsResponse, RequestRecords]):
+    """What became of requests; made by ``Admin.watch_requests``.
+
+    It cannot be resumed: after a break it begins again, marked by ``begins``.
+    """
+
+    def _read_next(self) -> RequestRecords:
+        received: Received[admin_service_pb2.WatchRequestsResponse] = self._stream.next()
+        with reading_answer(self._target):
+            return request_records_from(received.message, begins=received.first)
+
+    @staticmethod
+    def _position_of(message: Any) -> WatchPosition | None:
+        return None
 
 
 def _position(epoch: str, revision: int) -> WatchPosition | None:

@@ -17,6 +17,7 @@ from modelyard_server.observability.process import (
     resident_bytes,
 )
 from modelyard_server.residency.shell import Residency
+from modelyard_server.residency.values import TierUse
 from modelyard_server.services.inference import InferenceFigures
 from modelyard_server.transport.api import Call
 
@@ -74,7 +75,27 @@ class AdminService:
             worker_resident_bytes=await asyncio.to_thread(_held_by, self._engine.pids.values()),
         )
         response.load_duration.FromTimedelta(timedelta(seconds=counters.load_seconds))
+        tier = self._residency.tier_use()
+        if tier is not None:
+            response.host_tier.CopyFrom(_tier_message(tier, self._engine.copies.measured_bytes))
         return response
+
+
+def _tier_message(tier: TierUse, measured_bytes: int) -> pb.HostTier:
+    return pb.HostTier(
+        budget_bytes=tier.budget,
+        reserved_bytes=tier.reserved,
+        resident_bytes=tier.resident,
+        draining_bytes=tier.draining,
+        quarantined_bytes=tier.quarantined,
+        peak_bytes=tier.peak,
+        saved_bytes=tier.saved,
+        measured_bytes=measured_bytes,
+        copy_count=tier.copies,
+        kept_count=tier.kept_count,
+        dropped_count=tier.dropped_count,
+        promotion_count=tier.promotion_count,
+    )
 
 
 def _held_by(pids: Iterable[int]) -> int:

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from modelyard_server.residency.decisions import OPERATOR
 from modelyard_server.residency.journal import Event, EventType
-from modelyard_server.residency.values import ModelUse, State
+from modelyard_server.residency.values import CopyState, ModelUse, State
 
 __all__ = ["summary_of"]
 
@@ -41,6 +41,8 @@ def summary_of(
         sentence += f"; evicted {least}{times}{last}{_for(evictions[-1])}"
     if use is not None and use.pinned:
         sentence += "; pinned"
+    if use is not None and use.copy_state is CopyState.KEPT:
+        sentence += "; a copy of its weights is on the host tier"
     victims = {e.subject for e in events if e.cause == model and e.type in _LEAVING}
     others = f" It made {_named(victims)} leave." if victims else ""
     return f"{sentence[0].upper()}{sentence[1:]}.{others}"

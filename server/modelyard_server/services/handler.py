@@ -13,10 +13,8 @@ from modelyard_server.errors import Reason, Refusal, Violation
 from modelyard_server.services.status import reply_of
 from modelyard_server.transport.api import Call, Handler, StatusReply, StreamHandler
 
-__all__ = ["draining", "identity_of", "invalid", "new_error_id", "server_stream", "unary"]
+__all__ = ["draining", "invalid", "new_error_id", "server_stream", "unary"]
 
-_IDENTITY = "x-modelyard-identity"
-_MOST_IDENTITY = 256
 
 RequestT = TypeVar("RequestT", bound=Message)
 
@@ -38,14 +36,6 @@ def invalid(*violations: Violation) -> Refusal:
 def draining() -> Refusal:
     """SERVER_DRAINING: another server, or this one after its restart, will answer."""
     return Refusal(Reason.SERVER_DRAINING, "the server is shutting down", retry_after_s=1.0)
-
-
-def identity_of(call: Call) -> str:
-    """Who calls, as the call's metadata says; not authenticated. Empty if it does not say."""
-    for key, value in call.metadata:
-        if key == _IDENTITY and isinstance(value, str):
-            return value[:_MOST_IDENTITY]
-    return ""
 
 
 def unary(
@@ -74,7 +64,7 @@ def unary(
 
     async def handle_as_somebody(call: Call) -> bytes | StatusReply:
         assert acting is not None
-        with acting(identity_of(call)):
+        with acting(call.identity()):
             return await handle(call)
 
     return handle if acting is None else handle_as_somebody

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from time import monotonic_ns
-from typing import Any
+from typing import Any, assert_never
 
 from google.protobuf.message import DecodeError
 
@@ -17,15 +18,16 @@ from modelyard_server.execution.dispatch import run_leased
 from modelyard_server.execution.engine import Engine, ModelFailed, WorkerLost
 from modelyard_server.residency.shell import Lease, Residency, heir_of
 from modelyard_server.routing.resolve import resolve
-from modelyard_server.runtimes.api import OptionError
+from modelyard_server.runtimes.api import JsonValue, OptionError
 from modelyard_server.runtimes.tensors import TensorError, TensorValue
 from modelyard_server.services.handler import invalid, new_error_id
+from modelyard_server.services.request_log import RequestFacts, RequestLog
 from modelyard_server.services.status import reply_of
 from modelyard_server.services.structs import plain_values
 from modelyard_server.services.tensors import parse_request, serialize_response, to_value
 from modelyard_server.transport.api import Call, StatusReply
 
-__all__ = ["InferenceFigures", "InferenceService"]
+__all__ = ["Asked", "InferenceFigures", "InferenceService"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,23 @@ class InferenceFigures:
         self.error_counts: Counter[str] = Counter()
 
 
+@dataclass(slots=True)
+class Asked:
+    """A request, read and checked in itself.
+
+    Attributes:
+        request: as it came.
+        model: what its key means.
+        inputs: its tensors.
+        parameters: of this run.
+    """
+
+    request: pb.PredictRequest
+    model: Model
+    inputs: tuple[TensorValue, ...]
+    parameters: Mapping[str, JsonValue]
+
+
 class InferenceService:
     """Answers Predict.
 
@@ -57,6 +76,10 @@ class InferenceService:
         device_names: resource names of the devices, by position.
         default_deadline_s: for callers that set none.
         max_deadline_s: longer deadlines are cut to this.
+
+    Attributes:
+        figures: what it has done.
+        log: is told of every request that ends, while anybody follows it.
     """
 
     def __init__(
@@ -76,66 +99,167 @@ class InferenceService:
         self._default_deadline_s = default_deadline_s
         self._max_deadline_s = max_deadline_s
         self.figures = InferenceFigures()
+        self.log = RequestLog()
 
     async def predict(self, call: Call) -> bytes | StatusReply:
         """See InferenceService.Predict in proto/modelyard/v1/inference_service.proto."""
         figures = self.figures
         figures.active_count += 1
+        facts = RequestFacts(monotonic_ns())
         try:
-            return await self._predict(call)
+            reply = await self._predict(call, facts)
         except Refusal as refusal:
-            figures.error_counts[refusal.reason.name] += 1
+            self.note_refused(facts, refusal)
             return reply_of(refusal)
+        else:
+            self.note_answered(facts)
+            return reply
         finally:
             figures.active_count -= 1
 
-    async def _predict(self, call: Call) -> bytes:
+    async def _predict(self, call: Call, facts: RequestFacts) -> bytes:
         try:
             request, contents = parse_request(call.body)
         except DecodeError:
             raise invalid(Violation("", "the message is no PredictRequest")) from None
+        asked = self.read(request, contents, facts)
+        timeout_s = self.timeout_s(call)
+        facts.arrived_ns = began_ns = monotonic_ns()
+        lease = self._residency.try_lease(asked.model.handle)
+        if lease is None:
+            facts.cold = True
+            # A hit finds out by itself. A request that no load can help must cause none.
+            self.check(asked)
+            lease = await self.wait(asked, began_ns + int(timeout_s * _NS))
+            facts.load_s = lease.load_s
+        return await self.run(asked, lease, facts, timeout_s, call.client)
+
+    # --- The steps of one request -------------------------------------------------------------
+
+    def read(
+        self, request: pb.PredictRequest, contents: Mapping[int, bytes], facts: RequestFacts
+    ) -> Asked:
+        """What a request asks for, checked in itself.
+
+        Args:
+            request: as it was parsed.
+            contents: of its large inputs, by position; see parse_request.
+            facts: of it; what is found out is noted there.
+
+        Raises:
+            Refusal: INVALID_FIELD, INVALID_TENSOR or KEY_NOT_FOUND.
+        """
+        facts.key = request.key
         model = resolve(self._table, request.key)
+        facts.model = model.id
         inputs = _inputs_of(request, contents)
+        facts.row_count = inputs[0].shape[0] if inputs[0].shape else 1
         parameters = (
             plain_values(request.parameters, "parameters") if request.HasField("parameters") else {}
         )
-        timeout_s = self._timeout_s(call)
-        began_ns = monotonic_ns()
+        return Asked(request, model, inputs, parameters)
 
-        lease = self._residency.try_lease(model.handle)
-        cold = lease is None
+    def try_lease(self, asked: Asked) -> Lease | None:
+        """A lease if the model is resident now.
+
+        Raises:
+            Refusal: KEY_NOT_FOUND, if the key has lost its meaning since it was read.
+        """
+        asked.model = resolve(self._table, asked.request.key)
+        return self._residency.try_lease(asked.model.handle)
+
+    def lease_again(self, asked: Asked, lease: Lease) -> Lease | None:
+        """Another lease on the model that a request has one on.
+
+        Returns:
+            None if the model is to leave, or is not what the request's key means any more.
+        """
+        model = self._table.get(asked.request.key)
+        if model is None or model.handle is not lease.handle:
+            return None
+        return self._residency.try_lease(model.handle)
+
+    def check(self, asked: Asked) -> None:
+        """Checks what can be checked of a request without its model.
+
+        Raises:
+            Refusal: INVALID_TENSOR or INVALID_FIELD.
+        """
         try:
-            if lease is None:
-                # A hit finds out by itself. A request that no load can help must cause none.
-                self._engine.check_request(model.handle.spec, inputs, parameters)
-                lease = await self._wait(model, began_ns + int(timeout_s * _NS))
-            leased_ns = monotonic_ns()
-            device = lease.device
-            left_s = timeout_s - (leased_ns - began_ns) / _NS
-            outputs = await run_leased(self._engine, lease, inputs, parameters, left_s)
-        except TensorError as error:
-            raise _invalid_tensor(request, error) from None
-        except OptionError as error:
-            raise invalid(Violation(f"parameters.{error.option}", error.text)) from None
-        except ModelFailed as error:
-            raise _failed(model, error) from None
-        except WorkerLost as error:
-            raise Refusal(Reason.WORKER_LOST, error.text, retry_after_s=_RELOAD_S) from None
+            self._engine.check_request(asked.model.handle.spec, asked.inputs, asked.parameters)
+        except (TensorError, OptionError) as error:
+            raise _refusal_of(asked, error) from None
 
-        served = pb.Served(model=f"models/{model.id}", device=self._device_names[device])
-        _set_duration(served.wait_duration, leased_ns - began_ns)
-        _set_duration(served.run_duration, monotonic_ns() - leased_ns)
-        if cold:
+    async def run(
+        self,
+        asked: Asked,
+        lease: Lease,
+        facts: RequestFacts,
+        timeout_s: float,
+        client: Callable[[], str],
+    ) -> bytes:
+        """Runs a request and returns its PredictResponse, serialized. Takes the lease over.
+
+        Args:
+            asked: the request.
+            lease: on its model.
+            facts: of it, with `cold` and `load_s`; what is found out is noted there.
+            timeout_s: from its arrival.
+            client: says whose it is; see Engine.run.
+
+        Raises:
+            Refusal: INVALID_TENSOR, INVALID_FIELD, MODEL_FAILED, WORKER_LOST or DEADLINE_IN_RUN.
+        """
+        facts.leased_ns = leased_ns = monotonic_ns()
+        facts.device = device = self._device_names[lease.device]
+        waited_ns = leased_ns - facts.arrived_ns
+        try:
+            outputs = await run_leased(
+                self._engine,
+                lease,
+                asked.inputs,
+                asked.parameters,
+                timeout_s - waited_ns / _NS,
+                client,
+            )
+        except (TensorError, OptionError, ModelFailed, WorkerLost) as error:
+            raise _refusal_of(asked, error) from None
+        facts.ended_ns = ended_ns = monotonic_ns()
+        served = pb.Served(model=f"models/{facts.model}", device=device)
+        _set_duration(served.wait_duration, waited_ns)
+        _set_duration(served.run_duration, ended_ns - leased_ns)
+        if facts.cold:
             served.cold = True
-            if lease.load_s is not None:
-                _set_duration(served.load_duration, int(lease.load_s * _NS))
-            self.figures.cold_count += 1
-        else:
-            self.figures.hit_count += 1
-        self.figures.answered_count += 1
+            if facts.load_s is not None:
+                _set_duration(served.load_duration, int(facts.load_s * _NS))
         return serialize_response(outputs, served)
 
-    async def _wait(self, model: Model, deadline_ns: int) -> Lease:
+    def note_answered(self, facts: RequestFacts) -> None:
+        """Counts a request that was answered, and tells of it if anybody wants to know."""
+        figures = self.figures
+        figures.answered_count += 1
+        if facts.cold:
+            figures.cold_count += 1
+        else:
+            figures.hit_count += 1
+        if self.log.followed:
+            self.log.add(facts)
+
+    def note_refused(self, facts: RequestFacts, refusal: Refusal) -> None:
+        """Counts a request that was refused or failed, and tells of it as note_answered does."""
+        self.figures.error_counts[refusal.reason.name] += 1
+        if self.log.followed:
+            facts.reason = refusal.reason
+            facts.ended_ns = monotonic_ns()
+            self.log.add(facts)
+
+    async def wait(self, asked: Asked, deadline_ns: int) -> Lease:
+        """Waits for the model of a request that is not resident now.
+
+        Raises:
+            Refusal: it does not come, or not in time.
+        """
+        model = asked.model
         try:
             return await self._residency.lease(model.handle, deadline_ns)
         except Refusal as refusal:
@@ -151,7 +275,7 @@ class InferenceService:
                 refusal.resource = Resource("model", f"models/{model.id}")
             raise
 
-    def _timeout_s(self, call: Call) -> float:
+    def timeout_s(self, call: Call) -> float:
         """How long this call may take.
 
         A little less than the caller will wait, so that it learns in which phase its deadline
@@ -195,6 +319,22 @@ def _invalid_tensor(request: pb.PredictRequest, error: TensorError) -> Refusal:
         f"{field}: {error.text}",
         violations=(Violation(field, error.text),),
     )
+
+
+def _refusal_of(
+    asked: Asked, error: TensorError | OptionError | ModelFailed | WorkerLost
+) -> Refusal:
+    match error:
+        case TensorError():
+            return _invalid_tensor(asked.request, error)
+        case OptionError():
+            return invalid(Violation(f"parameters.{error.option}", error.text))
+        case ModelFailed():
+            return _failed(asked.model, error)
+        case WorkerLost():
+            return Refusal(Reason.WORKER_LOST, error.text, retry_after_s=_RELOAD_S)
+        case _:
+            assert_never(error)
 
 
 def _failed(model: Model, error: ModelFailed) -> Refusal:

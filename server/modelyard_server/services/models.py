@@ -201,6 +201,8 @@ class ModelService:
             warnings=model.warnings,
             pinned=pinned,
         )
+        if isinstance(model, Model) and model.handle.barred_text:
+            message.warnings.append(f"barred: {model.handle.barred_text}")
         if draft.folder:
             message.source.root = draft.root
             message.source.folder = draft.folder

@@ -32,7 +32,8 @@ class ResidencyService:
         writes: keeps changes apart.
         device_names: resource names of the devices, by position.
         max_deadline_s: longest that a call waits.
-        forgive: lets a model be loaded again that was barred for bringing its workers down.
+        forgive: lets a model be loaded at once that was barred for bringing its workers down, or
+            whose last load has failed.
     """
 
     def __init__(
@@ -57,7 +58,6 @@ class ResidencyService:
     async def load_model(self, request: pb.LoadModelRequest, call: Call) -> pb.LoadModelResponse:
         """See ResidencyService.LoadModel."""
         model = self._model(request.model)
-        # Even if it is refused now, because its last load failed a moment ago.
         self._forgive(model.handle)
         self._residency.want(model.handle)
         return pb.LoadModelResponse(residency=self._message(model))
@@ -84,6 +84,7 @@ class ResidencyService:
         """See ResidencyService.PinModel."""
         async with self._writes.alone():
             model = self._model(request.model)
+            self._forgive(model.handle)
             await self._registry.set_pinned(model, True)
         return pb.PinModelResponse(residency=self._message(model))
 

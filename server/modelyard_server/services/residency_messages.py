@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from modelyard.v1 import event_pb2, residency_pb2
 from modelyard_server.residency.journal import Event
-from modelyard_server.residency.values import ModelUse, State
+from modelyard_server.residency.values import CopyState, ModelUse, State
 
 __all__ = ["event_message", "residency_message"]
 
@@ -20,6 +20,14 @@ _STATES = {
     State.DRAINING: residency_pb2.RESIDENCY_STATE_DRAINING,
     State.UNLOADING: residency_pb2.RESIDENCY_STATE_UNLOADING,
     State.FAILED: residency_pb2.RESIDENCY_STATE_FAILED,
+}
+
+_COPY_STATES = {
+    CopyState.NONE: residency_pb2.COPY_STATE_NONE,
+    CopyState.AWAITED: residency_pb2.COPY_STATE_MAKING,
+    CopyState.MAKING: residency_pb2.COPY_STATE_MAKING,
+    CopyState.KEPT: residency_pb2.COPY_STATE_KEPT,
+    CopyState.DROPPING: residency_pb2.COPY_STATE_DROPPING,
 }
 
 
@@ -48,7 +56,11 @@ def residency_message(
         waiting_request_count=use.waiting_count,
         load_count=use.load_count,
         quarantined=_charges(use.quarantined, device_names),
+        copy_state=_COPY_STATES[use.copy_state],
+        copy_bytes=use.copy_bytes,
     )
+    if use.copy_duration_s is not None:
+        message.copy_load_duration.FromTimedelta(timedelta(seconds=use.copy_duration_s))
     if use.load_duration_s is not None:
         message.load_duration.FromTimedelta(timedelta(seconds=use.load_duration_s))
     if use.state is State.FAILED:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 
 from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
+from modelyard.v1 import inference_service_pb2
 from modelyard_server.errors import Reason, Refusal
 from modelyard_server.transport.api import StatusReply
 
-__all__ = ["DOMAIN", "defect_reply", "reply_of"]
+__all__ = ["DOMAIN", "defect_reply", "item_error_of", "reply_of"]
 
 DOMAIN = "modelyard"
 """Domain of every ErrorInfo."""
@@ -38,17 +39,11 @@ def reply_of(refusal: Refusal) -> StatusReply:
     pushback for the retry policy of stock gRPC clients. Text and details are below 2 KiB each,
     whatever the refusal holds: long texts are cut, and of long lists the beginning is told.
     """
-    suffix = ""
-    metadata = dict(refusal.metadata)
+    suffix, metadata, pushback_ms = _retry_of(refusal)
     status = status_pb2.Status(code=refusal.code)
     info = error_details_pb2.ErrorInfo(reason=refusal.reason.name, domain=DOMAIN)
-    pushback_ms = None
     retry: Duration | None = None
-    if refusal.retry_after_s is not None:
-        pushback_ms = max(1, round(refusal.retry_after_s * 1000))
-        suffix = f"; retry_after_ms={pushback_ms}"
-        # First, because it is what a program needs if there is no room for everything.
-        metadata = {"retry_after_ms": str(pushback_ms)} | metadata
+    if pushback_ms is not None:
         retry = Duration()
         retry.FromMilliseconds(pushback_ms)
     elif refusal.code in _RETRIED_BY_DEFAULT:
@@ -89,6 +84,39 @@ def reply_of(refusal: Refusal) -> StatusReply:
     return StatusReply(
         code=refusal.code, text=text, details=status.SerializeToString(), pushback_ms=pushback_ms
     )
+
+
+def item_error_of(refusal: Refusal) -> inference_service_pb2.PredictBatchError:
+    """A refusal as what became of an item of a batch: what reply_of says, within the same bounds.
+
+    It travels in a message and not in trailers, but there may be a thousand of it.
+    """
+    suffix, metadata, retry_ms = _retry_of(refusal)
+    error = inference_service_pb2.PredictBatchError(
+        code=refusal.code,
+        message=_text_of(refusal, _MOST_TEXT - len(suffix)) + suffix,
+    )
+    error.reason = refusal.reason.number  # type: ignore[assignment]  # an enum's value
+    _fill(error.metadata, metadata)
+    if refusal.resource is not None:
+        error.resource_name = _cut(refusal.resource.name, _MOST_NAME)
+    found = [(v.field, v.description) for v in refusal.violations]
+    found += [(q.subject, q.description) for q in refusal.quota]
+    for subject, description in _told(found, _MOST_VIOLATIONS):
+        error.violations.add(subject=subject, description=description)
+    if retry_ms is not None:
+        error.retry_delay.FromMilliseconds(retry_ms)
+    return error
+
+
+def _retry_of(refusal: Refusal) -> tuple[str, dict[str, str], int | None]:
+    """What a refusal says of retries: an end of its text, its metadata, and milliseconds."""
+    metadata = dict(refusal.metadata)
+    if refusal.retry_after_s is None:
+        return "", metadata, None
+    retry_ms = max(1, round(refusal.retry_after_s * 1000))
+    # First, because it is what a program needs if there is no room for everything.
+    return f"; retry_after_ms={retry_ms}", {"retry_after_ms": str(retry_ms)} | metadata, retry_ms
 
 
 def defect_reply(error_id: str) -> StatusReply:
@@ -134,7 +162,7 @@ def _told(pairs: Iterable[tuple[str, str]], most: int) -> list[tuple[str, str]]:
     return whole
 
 
-def _fill(target: dict[str, str], metadata: dict[str, str]) -> None:
+def _fill(target: MutableMapping[str, str], metadata: dict[str, str]) -> None:
     left = _MOST_METADATA
     for key, value in metadata.items():
         left -= _ENTRY + len(key.encode())

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from google.protobuf.message import DecodeError
+
 from modelyard.v1 import inference_service_pb2 as pb
 from modelyard.v1 import tensor_pb2
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
 
-__all__ = ["parse_request", "serialize_response", "to_value"]
+__all__ = [
+    "item_spans",
+    "parse_request",
+    "serialize_batch",
+    "serialize_response",
+    "to_value",
+]
 
 _DTYPES: dict[int, DType] = {dtype.number: dtype for dtype in DType}
 
@@ -17,7 +25,12 @@ _RESPONSE_OUTPUTS = b"\x0a"
 _RESPONSE_SERVED = b"\x12"
 _TENSOR_RAW = b"\x22"
 
+_BATCH_RESULTS = b"\x0a"
+_RESULT_RESPONSE = b"\x0a"
+_RESULT_ERROR = b"\x12"
+
 _LENGTH_DELIMITED = 2
+_ITEMS_FIELD = 1
 _INPUTS_FIELD = 2
 _RAW_FIELD = 4
 _LARGE_BYTES = 32 * 1024
@@ -47,6 +60,26 @@ def parse_request(body: bytes) -> tuple[pb.PredictRequest, dict[int, bytes]]:
             return request, contents
     request.ParseFromString(body)
     return request, {}
+
+
+def item_spans(body: bytes) -> list[tuple[int, int]]:
+    """Where the items of a PredictBatchRequest begin and end in it.
+
+    Each is a PredictRequest for parse_request, which does not copy what need not be copied.
+
+    Raises:
+        DecodeError: the bytes are no PredictBatchRequest.
+    """
+    spans: list[tuple[int, int]] = []
+    at = 0
+    try:
+        while at < len(body):
+            field, wire_type, begin, at = _next_field(body, at)
+            if field == _ITEMS_FIELD and wire_type == _LENGTH_DELIMITED:
+                spans.append((begin, at))
+    except (IndexError, ValueError) as error:
+        raise DecodeError(str(error)) from None
+    return spans
 
 
 def _cut_contents(body: bytes) -> tuple[bytes, dict[int, bytes]]:
@@ -176,6 +209,23 @@ def serialize_response(outputs: Sequence[TensorValue], served: pb.Served) -> byt
         parts += (_RESPONSE_OUTPUTS, _varint(len(whole)), whole)
     last = served.SerializeToString()
     parts += (_RESPONSE_SERVED, _varint(len(last)), last)
+    return b"".join(parts)
+
+
+def serialize_batch(results: Sequence[bytes | pb.PredictBatchError]) -> bytes:
+    """A serialized PredictBatchResponse.
+
+    Args:
+        results: of each item its serialized PredictResponse, or its error.
+    """
+    parts: list[bytes] = []
+    for result in results:
+        if isinstance(result, bytes):
+            head, content = _RESULT_RESPONSE, result
+        else:
+            head, content = _RESULT_ERROR, result.SerializeToString()
+        head += _varint(len(content))
+        parts += (_BATCH_RESULTS, _varint(len(head) + len(content)), head, content)
     return b"".join(parts)
 
 
