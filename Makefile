@@ -5,6 +5,7 @@
 #   TORCH        the torch to install instead of the one in constraints.txt: TORCH='torch==2.14.1'
 #   TORCH_INDEX  one more package index to look for torch in, e.g. one with CPU or CUDA builds
 #   CXX          the C++20 compiler; FUZZ_CXX the clang++ for fuzzing
+#   SEEDS, STEPS how much of simulated-faults (1000 of 100000)
 #   PYTEST_ARGS  what to give pytest: PYTEST_ARGS='tests/unit -x'
 
 PY ?= python3
@@ -12,6 +13,8 @@ TORCH ?=
 TORCH_INDEX ?=
 FUZZ_CXX ?= clang++
 FUZZ_SECONDS ?= 60
+SEEDS ?= 1000
+STEPS ?= 100000
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -33,7 +36,7 @@ SOURCES := $(shell find proto csrc/include csrc/src csrc/bindings 2>/dev/null)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check core fuzz bench bench-plan bench-weights dev clean FORCE \
+.PHONY: help demo test check core fuzz bench bench-plan bench-weights simulated-faults dev clean FORCE \
 	check-format check-lint check-types check-proto check-cpp check-tracked
 
 help: ## this list
@@ -76,6 +79,9 @@ bench-plan: $(VENV)/.package $(VENV)/.demo ## 20 plan changes under load, a spli
 
 bench-weights: $(VENV)/.package $(VENV)/.demo ## loading, sharing and releasing weights against their limits; writes build/bench/weights.json
 	@$(BIN)/python -m bench.weights --output build/bench/weights.json
+
+simulated-faults: $(VENV)/.package ## 1,000 seeds of 100,000 simulated steps in which everything goes wrong; nothing may be lost
+	@$(BIN)/python -m tests.support.simulated_faults --seeds $(SEEDS) --steps $(STEPS)
 
 dev: $(VENV)/.package $(VENV)/.dev ## an editable install with every development tool
 	@echo "ready: . $(VENV)/bin/activate"

@@ -24,6 +24,7 @@ from modelyard_server.cli.printing import (
     print_table,
     short_name,
     size,
+    tier_rows,
 )
 
 __all__ = ["register"]
@@ -109,6 +110,7 @@ def _stats(
             ["process memory", size(stats.process_resident_bytes)],
             ["  at most", size(stats.peak_process_resident_bytes)],
             ["memory of workers", size(stats.worker_resident_bytes)],
+            *([] if stats.host_tier is None else tier_rows(stats.host_tier)),
         ],
     )
 

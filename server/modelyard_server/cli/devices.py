@@ -25,6 +25,7 @@ from modelyard_server.cli.printing import (
     print_table,
     short_name,
 )
+from modelyard_server.cli.printing import size as size_text
 from modelyard_server.devices.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -63,12 +64,22 @@ def _group(
 def _list(
     server: Server = DEFAULT_SERVER, timeout: Timeout = 30.0, as_json: AsJson = False
 ) -> None:
-    """List the devices, their budgets and what they hold."""
-    devices = ask(server, timeout, lambda admin: admin.list_devices())
+    """List the devices, their budgets and what they hold; and the host tier, if there is one."""
+    devices, tier = ask(
+        server,
+        timeout,
+        # Programs are told of the tier by `stats`: here they get devices, as ever.
+        lambda admin: (admin.list_devices(), None if as_json else admin.stats().host_tier),
+    )
     if as_json:
         print_json(devices)
-    else:
-        print_devices(devices)
+        return
+    print_devices(devices)
+    if tier is not None:
+        print_line(
+            f"host tier: {size_text(tier.accounted_bytes)} of {size_text(tier.budget_bytes)} "
+            f"in {tier.copy_count} copies"
+        )
 
 
 def _drain(

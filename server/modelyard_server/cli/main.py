@@ -13,7 +13,9 @@ from modelyard_server.cli import (
     config,
     devices,
     models,
+    record,
     residencies,
+    simulate,
     watch,
 )
 
@@ -84,6 +86,8 @@ models.register(app)
 residencies.register(app)
 watch.register(app)
 config.register(app)
+record.register(app)
+simulate.register(app)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import typer
 from modelyard_server.devices.sizes import format_size
 
 if TYPE_CHECKING:
-    from modelyard import DeviceCharge, ManagedDevice, Residency
+    from modelyard import DeviceCharge, HostTier, ManagedDevice, Residency
 
 __all__ = [
     "cell",
@@ -40,6 +40,7 @@ __all__ = [
     "short_name",
     "show_residency",
     "size",
+    "tier_rows",
 ]
 
 _PIPE_WIDTH: Final = 1000
@@ -75,14 +76,30 @@ def print_residencies(residencies: Iterable[Residency]) -> None:
 
 
 def note(residency: Residency) -> str:
-    """Return what is wrong with a model, if anything is."""
+    """Return what is to be known of a model: what is wrong with it, and of its copy."""
     notes = [
         f"{size(charge.size_bytes)} not given back on {short_name(charge.device)}"
         for charge in residency.quarantined
     ]
     if residency.failure is not None:
         notes.insert(0, residency.failure.message)
+    if copy := _copy(residency):
+        notes.append(copy)
     return "; ".join(notes)
+
+
+def _copy(residency: Residency) -> str:
+    """Return words about a model's copy on the host tier: ``copy 98MiB, 12.0ms``."""
+    from modelyard import CopyState
+
+    state = residency.copy_state
+    if state is CopyState.NONE:
+        return ""
+    words = "copy" if state is CopyState.KEPT else f"copy ({state})"
+    told = [f"{words} {size(residency.copy_bytes)}" if residency.copy_bytes else words]
+    if residency.copy_load_s is not None:
+        told.append(duration(residency.copy_load_s))
+    return ", ".join(told)
 
 
 def print_devices(devices: Iterable[ManagedDevice]) -> None:
@@ -117,6 +134,23 @@ def _device_cell(device: ManagedDevice) -> str:
     ]
     name = short_name(device.name)
     return f"{name} ({', '.join(marks)})" if marks else name
+
+
+def tier_rows(tier: HostTier) -> list[list[str]]:
+    """Return the rows about a host tier in a table of figures."""
+    return [
+        ["host tier", f"{size(tier.resident_bytes)} of {size(tier.budget_bytes)}"],
+        ["  copies", str(tier.copy_count)],
+        ["  being made", size(tier.reserved_bytes)],
+        ["  being dropped", size(tier.draining_bytes)],
+        ["  quarantined", size(tier.quarantined_bytes)],
+        ["  at most", size(tier.peak_bytes)],
+        ["  saved by sharing", size(tier.saved_bytes)],
+        ["  measured", size(tier.measured_bytes)],
+        ["  copies made", str(tier.kept_count)],
+        ["  copies dropped", str(tier.dropped_count)],
+        ["  loads from copies", str(tier.promotion_count)],
+    ]
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -1,0 +1,253 @@
+"""Reference schedulers, for comparison: what a server does that does not think about its queue.
+
+``fifo+lru`` serves one queue in order: while the oldest request waits for its model, nobody behind
+it begins. ``fcfs+lru`` has a queue for each model: whoever's model is resident runs, oldest first,
+and models are loaded in the order of their oldest requests. Both evict the model that was used
+longest ago among those that no running request uses, whether requests wait for it or not.
+
+They are plain simulators of their own with the slots, load channels and times of the timed replay.
+The core has no part in them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from modelyard_server.simulation.machine import Machine, SimulationError
+from modelyard_server.simulation.outcome import Outcome, Progress
+from modelyard_server.simulation.timed_replay import nanoseconds
+from modelyard_server.simulation.trace import Trace
+
+__all__ = ["BASELINES", "replay_baseline"]
+
+BASELINES: Final = ("fifo+lru", "fcfs+lru")
+
+_NS: Final = 1_000_000_000
+_TELL_EVERY: Final = 4096
+
+
+def replay_baseline(
+    trace: Trace, machine: Machine, name: str, progress: Progress | None = None
+) -> Outcome:
+    """Replay a trace as time goes by with a reference scheduler.
+
+    Args:
+        trace: what was wanted when, and for how long.
+        machine: budgets, slots and load channels; deadlines and the host tier are passed over.
+        name: one of ``BASELINES``.
+        progress: is told how many requests have arrived.
+
+    Raises:
+        TraceError: a model is larger than every budget.
+        SimulationError: a request never ran.
+    """
+    trace.check_fits(machine.budgets)
+    if name not in BASELINES:
+        raise ValueError(f"no reference scheduler {name!r}; there are {', '.join(BASELINES)}")
+    return _Baseline(trace, machine, name, in_order=name == "fifo+lru").run(progress)
+
+
+@dataclass(slots=True)
+class _Device:
+    free_bytes: int
+    free_slots: int
+    free_channels: int
+    # Resident models, the one used longest ago first.
+    residents: dict[int, None] = field(default_factory=dict)
+
+
+class _Baseline:
+    def __init__(self, trace: Trace, machine: Machine, name: str, *, in_order: bool) -> None:
+        self._trace = trace
+        self._machine = machine
+        self._name = name
+        self._in_order = in_order
+        self._model: list[int] = trace.model.tolist()
+        self._arrival_ns = nanoseconds(trace.arrival_s)
+        self._run_ns = nanoseconds(trace.run_s)
+        self._size = [model.size_bytes for model in trace.models]
+        self._devices = [
+            _Device(budget, machine.slots, machine.loads_per_device) for budget in machine.budgets
+        ]
+        self._where: dict[int, int] = {}
+        self._loading: set[int] = set()
+        self._running = [0] * len(trace.models)
+        # One queue in order, or one a model and the heads of those that cannot run at once.
+        self._queue: deque[int] = deque()
+        self._queues: dict[int, deque[int]] = {}
+        self._events: list[tuple[int, int, int, int]] = []
+        self._arrived = 0
+        self._hit = bytearray(len(trace))
+        self._start_ns = array("q", [-1]) * len(trace)
+        self._load_at = array("q")
+        self._load_took_s = array("d")
+        self._eviction_count = 0
+        self._ended_ns = 0
+        self._step_count = 0
+
+    def run(self, progress: Progress | None) -> Outcome:
+        count = len(self._model)
+        while self._events or self._arrived < count:
+            i = self._arrived
+            if self._events and (i == count or self._events[0][0] <= self._arrival_ns[i]):
+                at_ns, is_load, subject, device = heapq.heappop(self._events)
+                if is_load:
+                    self._end_load(subject, device)
+                else:
+                    self._end_run(subject, device, at_ns)
+            else:
+                at_ns = self._arrival_ns[i]
+                self._arrived += 1
+                self._arrive(i)
+            if self._in_order:
+                self._serve_in_order(at_ns)
+            else:
+                self._serve_by_model(at_ns)
+            self._step_count += 1
+            if progress is not None and self._step_count % _TELL_EVERY == 0:
+                progress(self._arrived)
+        if min(self._start_ns) < 0:
+            raise SimulationError(f"{self._name}: requests never ran")
+        return self._outcome()
+
+    # --- Events
+
+    def _arrive(self, i: int) -> None:
+        model = self._model[i]
+        self._hit[i] = model in self._where
+        if self._in_order:
+            self._queue.append(i)
+        else:
+            self._queues.setdefault(model, deque()).append(i)
+
+    def _end_load(self, model: int, device: int) -> None:
+        self._loading.discard(model)
+        self._where[model] = device
+        self._devices[device].residents[model] = None
+        self._devices[device].free_channels += 1
+
+    def _end_run(self, i: int, device: int, at_ns: int) -> None:
+        self._running[self._model[i]] -= 1
+        self._devices[device].free_slots += 1
+        self._ended_ns = at_ns
+
+    # --- The two disciplines
+
+    def _serve_in_order(self, at_ns: int) -> None:
+        queue = self._queue
+        while queue:
+            i = queue[0]
+            model = self._model[i]
+            device = self._where.get(model)
+            if device is None:
+                self._load(model, at_ns)
+                return
+            if self._devices[device].free_slots == 0:
+                return
+            queue.popleft()
+            self._start(i, device, at_ns)
+
+    def _serve_by_model(self, at_ns: int) -> None:
+        waiting = sorted(self._queues, key=lambda model: self._queues[model][0])
+        while True:
+            # The oldest request of any resident model, until there are no slots.
+            ready = [m for m in waiting if self._can_run(m)]
+            if not ready:
+                break
+            model = min(ready, key=lambda m: self._queues[m][0])
+            self._start(self._queues[model].popleft(), self._where[model], at_ns)
+            if not self._queues[model]:
+                del self._queues[model]
+                waiting.remove(model)
+        for model in waiting:
+            if model in self._where or model in self._loading:
+                continue
+            if not any(device.free_channels for device in self._devices):
+                return
+            # Who cannot be loaded yet is not overtaken by younger ones.
+            if not self._load(model, at_ns):
+                return
+
+    def _can_run(self, model: int) -> bool:
+        device = self._where.get(model)
+        return device is not None and self._devices[device].free_slots > 0
+
+    def _start(self, i: int, device: int, at_ns: int) -> None:
+        model = self._model[i]
+        state = self._devices[device]
+        state.free_slots -= 1
+        # Used just now: to the end of the order.
+        del state.residents[model]
+        state.residents[model] = None
+        self._running[model] += 1
+        self._start_ns[i] = at_ns
+        heapq.heappush(self._events, (at_ns + self._run_ns[i], 0, i, device))
+
+    # --- Loads
+
+    def _load(self, model: int, at_ns: int) -> bool:
+        """Begin to load a model where the fewest have to leave; False if that is nowhere."""
+        if model in self._loading:
+            return True
+        best: tuple[int, int, list[int]] | None = None
+        for d, device in enumerate(self._devices):
+            if device.free_channels == 0 or self._size[model] > self._machine.budgets[d]:
+                continue
+            victims = self._victims(device, self._size[model])
+            if victims is not None and (best is None or len(victims) < best[0]):
+                best = (len(victims), d, victims)
+        if best is None:
+            return False
+        _, d, victims = best
+        device = self._devices[d]
+        for victim in victims:
+            del device.residents[victim]
+            del self._where[victim]
+            device.free_bytes += self._size[victim]
+        device.free_bytes -= self._size[model]
+        device.free_channels -= 1
+        self._eviction_count += len(victims)
+        self._loading.add(model)
+        took_s = self._trace.models[model].load_s
+        self._load_at.append(self._arrived - 1)
+        self._load_took_s.append(took_s)
+        pause_s = self._machine.unload_s if victims else 0.0
+        end_ns = at_ns + max(1, int((took_s + pause_s) * _NS))
+        heapq.heappush(self._events, (end_ns, 1, model, d))
+        return True
+
+    def _victims(self, device: _Device, size: int) -> list[int] | None:
+        """Who has to leave so that there is room; None if there is none even so."""
+        free = device.free_bytes
+        victims: list[int] = []
+        for resident in device.residents:
+            if free >= size:
+                break
+            if self._running[resident] == 0:
+                victims.append(resident)
+                free += self._size[resident]
+        return victims if free >= size else None
+
+    def _outcome(self) -> Outcome:
+        start_ns = np.asarray(self._start_ns, dtype=np.float64)
+        waits = (start_ns - np.asarray(self._arrival_ns, dtype=np.float64)) / _NS
+        return Outcome(
+            policy=self._name,
+            timed=True,
+            request_count=len(waits),
+            served_count=len(waits),
+            hit=np.frombuffer(self._hit, dtype=np.bool_),
+            wait_s=waits,
+            load_at=np.asarray(self._load_at, dtype=np.int64),
+            load_took_s=np.asarray(self._load_took_s, dtype=np.float64),
+            evictions={"idle_for_model": self._eviction_count} if self._eviction_count else {},
+            makespan_s=self._ended_ns / _NS,
+            step_count=self._step_count,
+            leader="lru",
+        )
