@@ -27,7 +27,10 @@ _EVENTS: Final = frozenset(
         "add_model",
         "add_share",
         "cancel",
+        "copy_dropped",
+        "copy_lost",
         "forget_share",
+        "forgive",
         "load_done",
         "load_failed",
         "lost",
@@ -39,6 +42,7 @@ _EVENTS: Final = frozenset(
         "request",
         "set_budget",
         "set_device_closed",
+        "set_tier_budget",
         "split_share",
         "tick",
         "try_acquire",
@@ -53,6 +57,7 @@ _LOOKS: Final = frozenset(
         "account",
         "audit",
         "clone",
+        "copy_exclusive",
         "counters",
         "device_closed",
         "device_count",
@@ -63,12 +68,15 @@ _LOOKS: Final = frozenset(
         "explanations_after",
         "held_with_shares",
         "last_explained",
+        "leader",
         "lease_count",
         "leases_of",
         "model_count",
         "policy",
         "saved",
+        "shadow_seconds",
         "share_count",
+        "tier",
         "waiting_count",
     }
 )
@@ -104,7 +112,7 @@ class Steps:
         """Looks at a yard after an event."""
         self.count += 1
         found = []
-        for device in range(yard.device_count):
+        for device in range(yard.device_count + (yard.tier is not None)):
             account = yard.account(device)
             held = account.reserved + account.resident + account.draining + account.quarantined
             if held > may_hold(account.budget, self._held.get(device, 0)):

@@ -2,13 +2,14 @@
 
     python -m bench.weights --output build/bench/weights.json [--quick] [--part NAME ...]
 
-Five parts, each in a process of its own and in a folder of its own, one after the other:
+Six parts, each in a process of its own and in a folder of its own, one after the other:
 
     loads     load times against transformers' from_pretrained, warm and off the disk
     cycles    what is left of a process after a thousand loads and evictions
     shared    memory of fifty fine-tunes of one encoder, in a whole server
     loading   latency of a model while others load, and the serving loop's heartbeat
     sizes     prices and predicted activations against what is measured
+    tier      loads from copies on the host tier, and a server that decides whether it makes any
 
 Every figure is of one run; times are medians of rounds in which both sides take turns, ratios
 medians of the ratios of the rounds. A bar that is missed is shown as missed; the exit code says
@@ -32,10 +33,11 @@ from rich.table import Table
 
 from bench.machine import write_figures
 from bench.weights_cycles import cycle_figures
-from bench.weights_figures import BARS, missed
+from bench.weights_figures import BARS, NOTED, missed
 from bench.weights_loads import load_figures
 from bench.weights_serving import loading_figures, shared_figures
 from bench.weights_sizes import size_figures
+from bench.weights_tier import tier_figures
 
 __all__ = ["PARTS", "Part", "combined", "main"]
 
@@ -48,6 +50,7 @@ PARTS: Final[Mapping[str, Part]] = {
     "shared": shared_figures,
     "loading": loading_figures,
     "sizes": size_figures,
+    "tier": tier_figures,
 }
 
 _SUMMED: Final = ("answers_wrong",)
@@ -111,7 +114,7 @@ def combined(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(figures: Mapping[str, Any], *, quick: bool) -> None:
-    """A table of the figures that have a bar."""
+    """A table of the figures that have a bar, and of some that have none."""
     table = Table(title="Weights" + (", a small run: not to be compared" if quick else ""))
     for column in ("what", "measured", "bar", ""):
         table.add_column(column, justify="right" if column in ("measured", "bar") else "left")
@@ -126,6 +129,9 @@ def show(figures: Mapping[str, Any], *, quick: bool) -> None:
             bar.shown,
             "[red]MISSED[/red]" if bar in not_met else "",
         )
+    for figure, text in NOTED.items():
+        if figure in figures:
+            table.add_row(text, f"{figures[figure]:g}", "none", "")
     console.print(table)
     for text in _notes(figures):
         console.print(text)
@@ -156,6 +162,18 @@ def _notes(figures: Mapping[str, Any]) -> list[str]:
             f"p99 {figures['p99_during_load_ms']:.1f} ms with loads, "
             f"{figures['p99_steady_ms']:.1f} without; {figures['loads_in_windows']} loads; "
             f"longest gap without loads {figures['stall_steady_ms']:.1f} ms"
+        )
+    if "promotion_vs_cold" in figures:
+        notes.append(
+            f"load: {figures['tier_cold_load_ms']:.1f} ms off the disk, "
+            f"{figures['tier_cache_load_ms']:.1f} from the page cache, "
+            f"{figures['tier_copy_load_ms']:.1f} from a copy, which takes "
+            f"{figures['demote_ms']:.1f} ms to make"
+        )
+        notes.append(
+            f"cold files: {figures['tier_rps']:.2f} requests/s with a host tier, "
+            f"{figures['none_rps']:.2f} without; {figures['tier_cold_promotions']} loads from "
+            f"copies, {figures['tier_cold_demotions']} copies made"
         )
     for name in PARTS:
         others = figures.get(f"{name}_others_processors", 0.0)

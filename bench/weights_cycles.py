@@ -124,6 +124,6 @@ async def _cycle(engine: Any, device: int, model: WeightsModel) -> None:
     outcome = await done
     if not isinstance(outcome, tuple):
         raise RuntimeError(f"{model.name} did not answer: {outcome!r}")
-    back = await engine.unload(device)
+    back = (await engine.unload(device)).freed
     if engine.memory(device).measured_bytes or not any(back.values()):
         raise RuntimeError(f"{model.name} is not gone: {dict(back)}")

@@ -10,10 +10,12 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 __all__ = [
     "BARS",
+    "NOTED",
     "ROOM_BYTES",
     "Bar",
     "beyond_ledger",
@@ -145,6 +147,19 @@ BARS: Final = (
     Bar(figure="answers_wrong", limit=0, text="answers that were not plain transformers'"),
 )
 """Of all figures that have one, in the order in which they are shown."""
+
+NOTED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "promotion_vs_cold": "438 MB, load: off the disk / from a copy on the host tier",
+        "promotion_vs_cache": "438 MB, load: from the page cache / from a copy",
+        "demote_seconds_per_gb": "making a copy: seconds a GB",
+        "tier_rps_vs_none": "cold files, requests/s: with a host tier / without",
+        "tier_cold_demotions": "cold files: copies made",
+        "tier_cold_promotions": "cold files: loads from copies",
+        "tier_warm_copies": "files in the page cache, prices known: copies made",
+    }
+)
+"""Figures that are shown with the others and have no bar, and what they are."""
 
 
 def missed(figures: Mapping[str, float | None], bars: Iterable[Bar] = BARS) -> list[Bar]:

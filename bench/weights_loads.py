@@ -44,7 +44,17 @@ from bench.weights_models import (
     offline,
 )
 
-__all__ = ["Tell", "Times", "load_figures", "prepared_runtime", "spec_of", "text_input"]
+__all__ = [
+    "TEXT",
+    "TOLERANCE",
+    "Tell",
+    "Times",
+    "load_figures",
+    "packs_of",
+    "prepared_runtime",
+    "spec_of",
+    "text_input",
+]
 
 Tell = Callable[[str], None]
 """Is told how far a part has come."""
@@ -54,7 +64,8 @@ TEXT: Final = " ".join(["rain"] * (_TOKENS - 2))
 """With what the tokenizer puts around it, 32 tokens."""
 _STEADY_RUNS: Final = 3
 _WARM_ROUNDS: Final = 3
-_TOLERANCE: Final = 1e-5
+TOLERANCE: Final = 1e-5
+"""How far an answer may be from the library's."""
 
 
 @dataclass(slots=True)
@@ -190,7 +201,7 @@ class _Bench:
             # As registering it does: it is in the store afterwards.
             self._runtime.price(spec_of(model))
         opened = WeightStore.open(store)
-        self._packs = {model.name: _packs_of(opened, model) for model in models}
+        self._packs = {model.name: packs_of(opened, model) for model in models}
         opened.close()
         self._tokens = self._library.AutoTokenizer.from_pretrained(models[0].folder)(
             [TEXT], return_tensors="pt"
@@ -220,7 +231,7 @@ class _Bench:
                 sides.reverse()
             answers = [side(model, times) for side, times in sides]
             self.compared += 1
-            self.wrong += not np.abs(answers[0] - answers[1]).max() <= _TOLERANCE
+            self.wrong += not np.abs(answers[0] - answers[1]).max() <= TOLERANCE
             if number >= 0:
                 tell(f"{name}: round {number + 1} of {count}")
         return ours, theirs
@@ -301,7 +312,8 @@ class _Bench:
         return found.numpy().ravel()
 
 
-def _packs_of(store: Any, model: WeightsModel) -> list[Path]:
+def packs_of(store: Any, model: WeightsModel) -> list[Path]:
+    """The files of an open store that a model is loaded from."""
     stored = store.take(model.folder)
     return [Path(stored.packs) / header.name for header in stored.checkpoint.files]
 
