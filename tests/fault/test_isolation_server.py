@@ -6,6 +6,7 @@ What ran may fail, and says so; everybody else is served again, and nothing stay
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import resource
 import signal
@@ -35,6 +36,7 @@ from tests.support.odd_modules import EXITING, HANGING
 from tests.support.server import eventually, refusal_of
 
 from modelyard import (
+    Admin,
     LoadFailed,
     ModelFailed,
     ResidencyState,
@@ -217,12 +219,8 @@ async def test_a_model_that_takes_its_worker_along_is_barred_after_three_times_a
             # An operator has put it right.
             flag.unlink()
 
-            async def loads() -> bool:
-                await refusal_or_none(under.load("m"))
-                state = (await under.yard.residency("m")).state
-                return state is ResidencyState.RESIDENT
-
-            await eventually("it is loaded by hand", loads, PATIENCE_S)
+            await under.load("m")
+            await under.resident("m")
             assert await under.value("m") == 5.0
             # All is forgotten: it takes three more times.
             flag.touch()
@@ -232,6 +230,75 @@ async def test_a_model_that_takes_its_worker_along_is_barred_after_three_times_a
             await under.unload("m")
             await under.resident(NEAR, FAR)
             await under.returns_to(ledger)
+
+
+async def test_a_proven_model_that_is_there_each_time_is_not_barred_with_the_culprit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flag, gate_path = tmp_path / "flag", tmp_path / "gate"
+    caplog.set_level(logging.ERROR)
+    async with attacked(tmp_path) as under:
+        for name, value in (("m", 5.0), ("proven", 6.0)):
+            faulty_models.make_weights(under.folder(name), value=value)
+        await under.create("m", EXITING, flag=str(flag))
+        await under.create("proven", "StuckInLoad", gate=str(gate_path))
+        ledger = await under.ledger()
+        for _ in range(50):
+            assert await under.value("proven") == 6.0
+        for _ in range(3):
+            worker = under.pid(MODELS)
+            await under.unload("proven")
+            # In every second run it dies, and each time the other is just being loaded.
+            await under.recovers("m", 5.0)
+            with closed_gate(gate_path) as gate:
+                asking = asyncio.create_task(under.recovers("proven", 6.0))
+                await eventually("it is being loaded", gate.is_waited_at)
+                flag.touch()
+                await died_running(under.client.predict("m", X, timeout_s=PATIENCE_S), tmp_path)
+                flag.unlink()
+            await under.has_another(MODELS, worker)
+            await asking
+        there = [text for text in caplog.messages if "running or loading" in text]
+        assert len(there) == 3
+        assert all("m (100%)" in text and "proven (0%)" in text for text in there), there
+        error = await refusal_of(under.client.predict("m", X, timeout_s=PATIENCE_S))
+        assert isinstance(error, LoadFailed), error
+        assert "brought its worker down 3 times" in str(error)
+        check_text(str(error), tmp_path)
+        model = await under.yard.admin(Admin.get_model, "m")
+        assert any("modelyard load m" in warning for warning in model.warnings)
+        assert (await under.yard.admin(Admin.get_model, "proven")).warnings == ()
+        assert await under.value("proven") == 6.0
+        await under.unload("proven")
+        await under.resident(NEAR, FAR)
+        await under.returns_to(ledger)
+
+
+@pytest.mark.parametrize("by_hand", [Admin.load, Admin.pin])
+async def test_who_loads_or_pins_a_barred_model_by_hand_waits_for_nothing(
+    tmp_path: Path, by_hand: Callable[..., object]
+) -> None:
+    flag = tmp_path / "flag"
+    flag.touch()
+    async with attacked(tmp_path, backoff_s=(50.0, 60.0)) as under:
+        faulty_models.make_weights(under.folder("m"), value=5.0)
+        await under.create("m", EXITING, flag=str(flag))
+        for _ in range(3):
+            worker = under.pid(MODELS)
+            await died_running(under.client.predict("m", X, timeout_s=PATIENCE_S), tmp_path)
+            await under.has_another(MODELS, worker)
+            await under.resident(NEAR, FAR)
+        error = await refusal_of(under.client.predict("m", X, timeout_s=PATIENCE_S))
+        assert isinstance(error, LoadFailed), error
+        assert (await under.yard.residency("m")).state is ResidencyState.FAILED
+        flag.unlink()
+        await under.yard.admin(by_hand, "m")
+        await under.resident("m")
+        assert await under.value("m") == 5.0
+        assert (await under.yard.admin(Admin.get_model, "m")).warnings == ()
+        await under.yard.admin(Admin.unpin, "m")
+        await under.unload("m")
+        await under.resident(NEAR, FAR)
 
 
 async def refusal_or_none(call: Awaitable[object]) -> LoadFailed | None:

@@ -53,9 +53,9 @@ SHORT = WorkerSettings(
 
 async def assert_alive(engine: ProcessEngine, model: int, target: Target) -> None:
     """Loads, runs and unloads a model."""
-    assert await engine.load(model, odd(), target) == {target.home: 100}
+    assert (await engine.load(model, odd(), target)).own_bytes == {target.home: 100}
     assert await Outcome(engine, model).get() == (INPUT,)
-    assert await engine.unload(model) == {target.home: 100}
+    assert (await engine.unload(model)).freed == {target.home: 100}
 
 
 # --- While it runs --------------------------------------------------------------------------------
@@ -86,8 +86,8 @@ async def test_a_run_that_ends_its_worker_fails_and_those_behind_it_may_try_agai
         assert death.cause == CAUSES[fault]
         # Its models are gone, and what they held is there for others.
         assert isinstance(await Outcome(engine, 2).get(), WorkerLost)
-        assert await engine.unload(1) == {0: 100}
-        assert await engine.unload(2) == {0: 7}
+        assert (await engine.unload(1)).freed == {0: 100}
+        assert (await engine.unload(2)).freed == {0: 7}
         assert engine.memory(0).measured_bytes == 0
         assert engine.memory(0).peak_measured_bytes == 107
         await assert_alive(engine, 2, HOME)
@@ -108,7 +108,7 @@ async def test_models_of_other_groups_answer_while_a_worker_dies_and_comes_back(
             others = [Outcome(engine, 2) for _ in range(50)]
             assert {await other.get() for other in others} == {(INPUT,)}
             assert isinstance(await culprit.get(), ModelFailed)
-            assert await engine.unload(1) == {0: 100}
+            assert (await engine.unload(1)).freed == {0: 100}
 
 
 @pytest.mark.parametrize("fault", ["hog", "sleep", "spin"])
@@ -215,13 +215,13 @@ async def test_a_load_that_ends_its_worker_fails_and_those_behind_it_do_not_noti
             await culprit
         assert caught.value.transient
         assert caught.value.text == f"its worker died while it was loaded ({cause})"
-        assert await behind == {0: 7}
+        assert (await behind).own_bytes == {0: 7}
         with pytest.raises(LoadCancelled):
             await unwanted
         death = await deaths.one()
         assert (set(death.models), death.suspects) == ({9}, (1,))
         assert await Outcome(engine, 2).get() == (INPUT,)
-        assert await engine.unload(9) == {0: 100}
+        assert (await engine.unload(9)).freed == {0: 100}
         assert engine.memory(0).measured_bytes == 7
 
 
@@ -271,9 +271,9 @@ async def test_an_unload_that_ends_its_worker_gives_everything_back() -> None:
     async with running_processes(odd_devices(""), deaths=deaths) as engine:
         await engine.load(1, odd(at={"close": "segv"}), HOME)
         await engine.load(2, odd(size=7), HOME)
-        assert await engine.unload(1) == {0: 100}
+        assert (await engine.unload(1)).freed == {0: 100}
         assert (await deaths.one()).models == {2}
-        assert await engine.unload(2) == {0: 7}
+        assert (await engine.unload(2)).freed == {0: 7}
         assert engine.memory(0).measured_bytes == 0
 
 
@@ -281,7 +281,7 @@ async def test_memory_that_was_kept_is_back_with_the_end_of_the_worker() -> None
     deaths = Deaths()
     async with running_processes(odd_devices(""), deaths=deaths) as engine:
         await engine.load(1, odd(keep=True), HOME)
-        assert await engine.unload(1) == {0: 0}
+        assert (await engine.unload(1)).freed == {0: 0}
         assert engine.memory(0).measured_bytes == 100
         assert await engine.recheck(1) == {}
         os.kill(engine.pids["models"], signal.SIGKILL)
@@ -304,7 +304,7 @@ async def test_a_worker_that_is_killed_while_idle_accuses_nobody() -> None:
         assert death.cause == "killed by SIGKILL"
         assert isinstance(await Outcome(engine, 1).get(), WorkerLost)
         # Loaded again without an unload in between, as after an unload.
-        assert await engine.load(1, odd(), HOME) == {0: 100}
+        assert (await engine.load(1, odd(), HOME)).own_bytes == {0: 100}
         assert await Outcome(engine, 1).get() == (INPUT,)
 
 
@@ -312,7 +312,7 @@ async def test_loads_that_come_while_a_worker_comes_back_wait_for_it() -> None:
     async with running_processes(odd_devices("")) as engine:
         os.kill(engine.pids["models"], signal.SIGKILL)
         await until(lambda: "models" not in engine.pids)
-        assert await engine.load(1, odd(), HOME) == {0: 100}
+        assert (await engine.load(1, odd(), HOME)).own_bytes == {0: 100}
 
 
 async def test_a_zygote_that_dies_comes_back_with_all_workers() -> None:
@@ -456,9 +456,9 @@ async def test_a_module_that_crashes_or_hoards_ends_at_most_its_worker(tmp_path:
         crashing = await Outcome(engine, 2, x).get()
         assert isinstance(crashing, ModelFailed)
         assert crashing.exception_type == "WorkerDied"
-        assert await engine.unload(1) == {0: 4096}
-        assert await engine.unload(2) == {0: 4096}
-        assert await engine.load(1, spec("Hoarding"), HOME) == {0: 4096}
+        assert (await engine.unload(1)).freed == {0: 4096}
+        assert (await engine.unload(2)).freed == {0: 4096}
+        assert (await engine.load(1, spec("Hoarding"), HOME)).own_bytes == {0: 4096}
 
 
 async def test_a_runtime_that_is_used_after_all_is_warm_in_the_workers_to_come(
@@ -479,11 +479,11 @@ async def test_a_runtime_that_is_used_after_all_is_warm_in_the_workers_to_come(
 
     async with running_processes(odd_devices(""), source=source, runtimes=["odd"]) as engine:
         assert not has_torch("zygote")
-        assert await engine.load(1, spec, HOME) == {0: 4096}
+        assert (await engine.load(1, spec, HOME)).own_bytes == {0: 4096}
         await until(lambda: has_torch("zygote"))
         worker = engine.pids["models"]
         os.kill(worker, signal.SIGKILL)
         await until(lambda: engine.pids.get("models", worker) != worker)
         assert has_torch("models")
         assert not has_torch("files")
-        assert await engine.load(1, spec, HOME) == {0: 4096}
+        assert (await engine.load(1, spec, HOME)).own_bytes == {0: 4096}

@@ -290,7 +290,7 @@ def adversarial_order(names: Sequence[str], seed: int) -> list[str]:
     return order + chance.choices(names, k=60 - len(order))
 
 
-@pytest.mark.parametrize("policy", ["gap", "lru"])
+@pytest.mark.parametrize("policy", ["ensemble", "learned", "gap", "lru"])
 @pytest.mark.parametrize("at_once", [1, 8])
 async def test_more_models_than_room_are_served_right_and_within_the_budget(
     zoo: Zoo, zoo_folder: Path, policy: str, at_once: int

@@ -68,24 +68,24 @@ async def test_a_price_comes_as_the_runtime_says_it(engine: Engine) -> None:
 
 
 async def test_what_is_loaded_is_measured_and_what_is_unloaded_is_back(engine: Engine) -> None:
-    assert await engine.load(1, odd(size=100), Target.whole(0)) == {0: 100}
-    assert await engine.load(2, odd(size=30), Target.whole(0)) == {0: 30}
-    assert await engine.load(3, odd(size=5), Target.whole(1)) == {1: 5}
+    assert (await engine.load(1, odd(size=100), Target.whole(0))).own_bytes == {0: 100}
+    assert (await engine.load(2, odd(size=30), Target.whole(0))).own_bytes == {0: 30}
+    assert (await engine.load(3, odd(size=5), Target.whole(1))).own_bytes == {1: 5}
     assert measured(engine) == [130, 5, 0]
-    assert await engine.unload(1) == {0: 100}
+    assert (await engine.unload(1)).freed == {0: 100}
     assert measured(engine) == [30, 5, 0]
     assert engine.memory(0).peak_measured_bytes == 130
-    assert await engine.load(1, odd(size=20), Target.whole(1)) == {1: 20}
+    assert (await engine.load(1, odd(size=20), Target.whole(1))).own_bytes == {1: 20}
     assert engine.memory(1).peak_measured_bytes == 25
 
 
 async def test_a_model_in_parts_is_measured_on_each_of_its_devices(engine: Engine) -> None:
     sizes = [[0, 60], [1, 40], [2, 500]]
     target = Target(home=0, parts=(("a", 0), ("b", 1), ("c", 2)))
-    assert await engine.load(1, odd(size=sizes), target) == {0: 60, 1: 40, 2: 500}
+    assert (await engine.load(1, odd(size=sizes), target)).own_bytes == {0: 60, 1: 40, 2: 500}
     assert measured(engine) == [60, 40, 500]
     assert await Outcome(engine, 1).get() == (INPUT,)
-    assert await engine.unload(1) == {0: 60, 1: 40, 2: 500}
+    assert (await engine.unload(1)).freed == {0: 60, 1: 40, 2: 500}
     assert measured(engine) == [0, 0, 0]
 
 
@@ -104,14 +104,14 @@ async def test_the_disk_is_nobodys_home(engine: Engine) -> None:
 
 async def test_a_cycle_through_the_model_is_collected(engine: Engine) -> None:
     await engine.load(1, odd(cycle=True), Target.whole(0))
-    assert await engine.unload(1) == {0: 100}
+    assert (await engine.unload(1)).freed == {0: 100}
 
 
 async def test_memory_that_is_kept_is_back_when_it_is_let_go(engine: Engine) -> None:
     await engine.load(9, odd(release=True, size=0), Target.whole(0))
     for size in (100, 30):
         await engine.load(1, odd(keep=True, size=size), Target.whole(0))
-        assert await engine.unload(1) == {0: 0}
+        assert (await engine.unload(1)).freed == {0: 0}
     assert measured(engine) == [130, 0, 0]
     assert await engine.recheck(1) == {}
     await Outcome(engine, 9).get()
@@ -144,7 +144,7 @@ async def test_a_load_that_fails_says_how_and_holds_nothing(
         assert caught.value.transient is (what == "io")
         assert caught.value.text == ("cannot be read" if what == "io" else "cut short")
     assert measured(engine) == [0, 0, 0]
-    assert await engine.load(1, odd(), Target.whole(0)) == {0: 100}
+    assert (await engine.load(1, odd(), Target.whole(0))).own_bytes == {0: 100}
 
 
 async def test_what_is_wrong_with_files_and_options_comes_through(engine: Engine) -> None:
@@ -183,9 +183,9 @@ async def test_cancel_load_reaches_loads_that_run_and_loads_that_wait(
         for load in (first, second):
             with pytest.raises(LoadCancelled):
                 await load
-        assert await third == {0: 100}
+        assert (await third).own_bytes == {0: 100}
     engine.cancel_load(1)
-    assert await engine.load(1, odd(), Target.whole(0)) == {0: 100}
+    assert (await engine.load(1, odd(), Target.whole(0))).own_bytes == {0: 100}
 
 
 async def test_hits_run_while_a_load_is_stuck_on_the_same_device(
@@ -200,9 +200,9 @@ async def test_hits_run_while_a_load_is_stuck_on_the_same_device(
         for _ in range(3):
             assert await Outcome(engine, 1).get() == (INPUT,)
         assert (await engine.price(odd())).resting_bytes == 100
-        assert await engine.load(3, odd(), Target.whole(1)) == {1: 100}
+        assert (await engine.load(3, odd(), Target.whole(1))).own_bytes == {1: 100}
         assert not stuck.done()
-    assert await stuck == {0: 100}
+    assert (await stuck).own_bytes == {0: 100}
 
 
 async def test_files_that_hang_hold_up_nobody_elses_price(engine: Engine, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ async def test_files_that_hang_hold_up_nobody_elses_price(engine: Engine, tmp_pa
 
 async def test_an_unload_whose_close_raises_ends(engine: Engine) -> None:
     await engine.load(1, odd(at={"close": "raise value"}), Target.whole(0))
-    assert await engine.unload(1) == {0: 100}
+    assert (await engine.unload(1)).freed == {0: 100}
 
 
 @pytest.mark.parametrize("brief", [False, True])
@@ -332,7 +332,10 @@ async def test_the_groups_have_workers_of_their_own_and_share_the_disk(
     for model, home in ((1, 0), (2, 1)):
         target = Target(home=home, parts=(("a", home), ("b", 2)))
         sizes = [[home, 10], [2, 5 * model]]
-        assert await processes.load(model, odd(size=sizes), target) == {home: 10, 2: 5 * model}
+        assert (await processes.load(model, odd(size=sizes), target)).own_bytes == {
+            home: 10,
+            2: 5 * model,
+        }
     assert measured(processes) == [10, 10, 15]
     await processes.unload(1)
     assert measured(processes) == [0, 10, 10]

@@ -203,7 +203,8 @@ async def test_answers_are_right_while_two_families_displace_each_other(
                     # For a while the same one, so that hits stand beside loads.
                     name = chance.choice(names)
                     for _ in range(chance.choice([1, 1, 3])):
-                        if not np.array_equal(await ask(yard, name), wanted[name]):
+                        # Requests share runs, and what is rounded depends on who is beside one.
+                        if not np.allclose(await ask(yard, name), wanted[name], atol=1e-5):
                             wrong.append(name)
 
             async with asyncio.TaskGroup() as group:

@@ -6,12 +6,20 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from modelyard_server.execution.engine import DeviceMemory, RunOutcome
-from modelyard_server.runtimes.api import JsonValue, LoadCancelled, ModelSpec, Price
+from modelyard_server.execution.engine import DeviceMemory, Loaded, RunOutcome, Unloaded, nobody
+from modelyard_server.runtimes.api import JsonValue, LoadCancelled, LoadSource, ModelSpec, Price
 from modelyard_server.runtimes.targets import Structure, Target
 from modelyard_server.runtimes.tensors import TensorValue
 
-__all__ = ["FakeClock", "FakeEngine", "FakeRun", "PendingLoad", "PendingUnload", "turns"]
+__all__ = [
+    "FakeClock",
+    "FakeEngine",
+    "FakeRun",
+    "PendingDrop",
+    "PendingLoad",
+    "PendingUnload",
+    "turns",
+]
 
 _TURNS = 12
 
@@ -55,16 +63,22 @@ class PendingLoad:
         self.sizes = sizes
         self.cancelled = False
         loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[Mapping[int, int]] = loop.create_future()
+        self.future: asyncio.Future[Loaded] = loop.create_future()
 
     @property
     def device(self) -> int:
         """The home device."""
         return self.target.home
 
-    def finish(self, sizes: int | Mapping[int, int] | None = None) -> None:
+    def finish(
+        self,
+        sizes: int | Mapping[int, int] | None = None,
+        *,
+        source: LoadSource = LoadSource.STORAGE,
+    ) -> None:
         """It holds these bytes: a number is all on the home device, None is what was declared."""
-        self.future.set_result(_by_device(self.sizes if sizes is None else sizes, self.device))
+        own_bytes = _by_device(self.sizes if sizes is None else sizes, self.device)
+        self.future.set_result(Loaded(own_bytes=own_bytes, source=source))
 
     def fail(self, error: Exception) -> None:
         """It holds nothing."""
@@ -78,20 +92,56 @@ class PendingUnload:
         model: its id.
         home: position of its home device.
         sizes: bytes it holds, by position of the device.
+        keep: its weights are to be kept.
     """
 
-    def __init__(self, model: int, home: int, sizes: Mapping[int, int]) -> None:
+    def __init__(self, model: int, home: int, sizes: Mapping[int, int], keep: bool) -> None:
         self.model = model
         self.home = home
         self.sizes = sizes
+        self.keep = keep
+        self.most_bytes: int | None = None
         loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[Mapping[int, int]] = loop.create_future()
+        self.future: asyncio.Future[Unloaded] = loop.create_future()
 
-    def finish(self, leaked: int | Mapping[int, int] = 0) -> None:
-        """All is back but the leaked bytes; a number is on the home device."""
+    def finish(
+        self,
+        leaked: int | Mapping[int, int] = 0,
+        *,
+        kept_bytes: int | None = None,
+        keep_s: float = 0.0,
+        refused_bytes: int | None = None,
+    ) -> None:
+        """All is back but the leaked bytes; a number is on the home device.
+
+        Args:
+            leaked: these.
+            kept_bytes: own bytes of the copy that was made; None for no copy.
+            keep_s: how long that took.
+            refused_bytes: what a copy would have held that was not allowed to.
+        """
+        assert kept_bytes is None or self.keep, "nobody asked for a copy"
         missing = _by_device(leaked, self.home)
         back = {device: size - missing.get(device, 0) for device, size in self.sizes.items()}
-        self.future.set_result(back)
+        self.future.set_result(
+            Unloaded(freed=back, kept_bytes=kept_bytes, keep_s=keep_s, refused_bytes=refused_bytes)
+        )
+
+
+class PendingDrop:
+    """A copy that is being dropped until that is ended.
+
+    Args:
+        model: its id.
+    """
+
+    def __init__(self, model: int) -> None:
+        self.model = model
+        self.future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def finish(self, is_back: bool = True) -> None:
+        """Its memory is back, or somebody still reads from it."""
+        self.future.set_result(is_back)
 
 
 def _by_device(sizes: int | Mapping[int, int], home: int) -> Mapping[int, int]:
@@ -138,6 +188,8 @@ class FakeEngine:
         loads: loads that run, by model.
         load_log: names in the order their loads began.
         unloads: unloads that run, by model.
+        drops: copies that are being dropped, by model.
+        kept: own bytes of the copies that are there, by model.
         held: bytes of what is loaded, by model and by position of the device.
         homes: position of the home device of what is loaded, by model.
         back: what the next recheck finds, by model and device.
@@ -145,6 +197,7 @@ class FakeEngine:
         runs: what was given to run.
         run_error: what run raises.
         budgets: what was set, by position of the device.
+        copies_budget: what was set for copies.
     """
 
     def __init__(self) -> None:
@@ -160,6 +213,8 @@ class FakeEngine:
         self.loads: dict[int, PendingLoad] = {}
         self.load_log: list[str] = []
         self.unloads: dict[int, PendingUnload] = {}
+        self.drops: dict[int, PendingDrop] = {}
+        self.kept: dict[int, int] = {}
         self.held: dict[int, Mapping[int, int]] = {}
         self.homes: dict[int, int] = {}
         self.back: dict[tuple[int, int], int] = {}
@@ -167,6 +222,7 @@ class FakeEngine:
         self.runs: list[FakeRun] = []
         self.run_error: Exception | None = None
         self.budgets: dict[int, int] = {}
+        self.copies_budget = 0
 
     async def start(self, runtimes: Sequence[str]) -> None:
         """Does nothing."""
@@ -205,7 +261,7 @@ class FakeEngine:
             shared=self.shared.get(spec.name, {}),
         )
 
-    async def load(self, model: int, spec: ModelSpec, target: Target) -> Mapping[int, int]:
+    async def load(self, model: int, spec: ModelSpec, target: Target) -> Loaded:
         """Waits until the test ends it."""
         assert model not in self.loads, "one load of a model at a time"
         assert model not in self.held, "it is loaded already"
@@ -216,16 +272,16 @@ class FakeEngine:
         pending = self.loads[model] = PendingLoad(model, spec, target, sizes)
         self.load_log.append(spec.name)
         try:
-            sizes = await pending.future
+            loaded = await pending.future
         finally:
             del self.loads[model]
-        assert set(sizes) <= set(target.devices), "bytes on devices it was not given"
+        assert set(loaded.own_bytes) <= set(target.devices), "bytes on devices it was not given"
         self.held[model] = {
             device: size + (shared_bytes if device == target.home else 0)
-            for device, size in sizes.items()
+            for device, size in loaded.own_bytes.items()
         }
         self.homes[model] = target.home
-        return sizes
+        return loaded
 
     def cancel_load(self, model: int) -> None:
         """Ends a load that runs, if the test has not."""
@@ -234,14 +290,35 @@ class FakeEngine:
             if not pending.future.done():
                 pending.fail(LoadCancelled())
 
-    async def unload(self, model: int) -> Mapping[int, int]:
+    async def unload(
+        self, model: int, *, keep: bool = False, most_bytes: int | None = None
+    ) -> Unloaded:
         """Waits until the test ends it."""
+        assert not keep or model not in self.kept, "there is a copy already"
         sizes, home = self.held.pop(model), self.homes.pop(model)
-        pending = self.unloads[model] = PendingUnload(model, home, sizes)
+        pending = self.unloads[model] = PendingUnload(model, home, sizes, keep)
+        pending.most_bytes = most_bytes
         try:
-            return await pending.future
+            unloaded = await pending.future
         finally:
             del self.unloads[model]
+        if unloaded.kept_bytes is not None:
+            self.kept[model] = unloaded.kept_bytes
+        return unloaded
+
+    async def drop_copy(self, model: int) -> bool:
+        """Waits until the test ends it, if there is a copy."""
+        if model not in self.kept:
+            return True
+        assert model not in self.drops, "it is being dropped already"
+        pending = self.drops[model] = PendingDrop(model)
+        try:
+            is_back = await pending.future
+        finally:
+            del self.drops[model]
+        if is_back:
+            self.kept.pop(model, None)
+        return is_back
 
     async def recheck(self, model: int) -> Mapping[int, int]:
         """Answers with what the test put there, once."""
@@ -255,6 +332,7 @@ class FakeEngine:
         inputs: Sequence[TensorValue],
         parameters: Mapping[str, Any],
         on_done: Callable[[RunOutcome | None], None],
+        client: Callable[[], str] = nobody,
     ) -> FakeRun:
         """Runs until the test ends it."""
         if self.run_error is not None:
@@ -267,6 +345,10 @@ class FakeEngine:
         """Remembers it."""
         self.budgets[device] = budget_bytes
 
+    def set_copies_budget(self, budget_bytes: int) -> None:
+        """Remembers it."""
+        self.copies_budget = budget_bytes
+
     @property
     def pids(self) -> Mapping[str, int]:
         """There are none."""
@@ -275,4 +357,10 @@ class FakeEngine:
     def memory(self, device: int) -> DeviceMemory:
         """What is loaded there."""
         size_bytes = sum(sizes.get(device, 0) for sizes in self.held.values())
+        return DeviceMemory(measured_bytes=size_bytes, peak_measured_bytes=size_bytes)
+
+    @property
+    def copies(self) -> DeviceMemory:
+        """What copies hold beside what they share."""
+        size_bytes = sum(self.kept.values())
         return DeviceMemory(measured_bytes=size_bytes, peak_measured_bytes=size_bytes)

@@ -22,6 +22,7 @@ from modelyard_server.catalog.store import CatalogStore
 from modelyard_server.catalog.writes import Writes
 from modelyard_server.devices.inventory import ManagedDevice
 from modelyard_server.devices.placed import charges_of
+from modelyard_server.execution.engine import Loaded
 from modelyard_server.residency.journal import Event, Journal
 from modelyard_server.residency.shell import Lease, Residency
 from modelyard_server.residency.values import NEVER_NS, State, YardSettings
@@ -74,7 +75,7 @@ class PartsEngine(FakeEngine):
         super().__init__()
         self.disk = disk
 
-    async def load(self, model: int, spec: ModelSpec, target: Target) -> Mapping[int, int]:
+    async def load(self, model: int, spec: ModelSpec, target: Target) -> Loaded:
         """Waits until the test ends it."""
         self.sizes[spec.name] = charges_of(target, await self.price(spec), self.disk)
         return await super().load(model, spec, target)

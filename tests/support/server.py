@@ -218,7 +218,9 @@ def _on_free_port(config_text: str) -> str:
 
 def child_environment() -> dict[str, str]:
     """The environment of a child that finds tests.support, for factories of faulty models."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+    # Behind it what this process was given: a work tree beside the installed one.
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
 
 
 class ServerProcess:

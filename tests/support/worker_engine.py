@@ -155,10 +155,10 @@ async def running_threads(devices: Sequence[EngineDevice]) -> AsyncIterator[Thre
 class Outcome:
     """What becomes of a run."""
 
-    def __init__(self, engine: Engine, model: int, *inputs: TensorValue) -> None:
+    def __init__(self, engine: Engine, model: int, *inputs: TensorValue, client: str = "") -> None:
         self.outcomes: list[RunOutcome | None] = []
         self._done = asyncio.Event()
-        self.work: Work = engine.run(model, inputs or (INPUT,), {}, self._on_done)
+        self.work: Work = engine.run(model, inputs or (INPUT,), {}, self._on_done, lambda: client)
 
     def _on_done(self, outcome: RunOutcome | None) -> None:
         self.outcomes.append(outcome)

@@ -2,13 +2,20 @@
 
 Options:
     size: bytes of the model on its home device, or a list of [position, bytes].
-    at: what happens at "price", "load", "run" and "close": a key of FAULTS, or "raise NAME".
+    at: what happens at "price", "load", "prepare", "run", "keep", "drop" and "close": a key of
+        FAULTS, or "raise NAME".
     armed: path of a file; faults happen only while it is there. Left out: always.
     gate: path of a gate (see faulty_models) before which loads, or with `gate_at` other stages,
         wait.
     keep: the model's memory outlives it, until a model of option `release` runs.
+    shared: what of its size it holds together with others on its home device: bytes by identity.
+    copy: own bytes of the copies of its weights, which share what it shares; left out: there are
+        none. A load of a model whose copy is there comes from that.
+    in_use: path of a file: while it is there, somebody reads from the copy.
+    source: where loads come from else; one that there is not is told all the same.
     cycle: the model's memory is part of a cycle.
     brief: it is a brief one.
+    batch: its requests share runs, at most 16; each is answered with its inputs, and how many did.
     until_stopped: a load goes on until it is asked to stop.
 """
 
@@ -21,17 +28,20 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from weakref import ref
 
 from modelyard_server.runtimes.api import (
     JsonValue,
+    KeptWeights,
     LoadCancelled,
     LoadedModel,
+    LoadSource,
     ModelFilesError,
     ModelSpec,
     OptionError,
+    Prepared,
     Price,
     Runtime,
     StopCheck,
@@ -47,6 +57,9 @@ MAKER = "tests.support.worker_models:make_runtimes"
 
 KEPT: list[Memory] = []
 """What options `keep` do not let go of."""
+
+COPIES: dict[str, Copy] = {}
+"""Copies that loads can come from, by the model's name."""
 
 
 class Memory:
@@ -150,10 +163,44 @@ def _stage(spec: ModelSpec, stage: str) -> None:
     FAULTS[what]()
 
 
-class _Odd(LoadedModel):
+class Copy(KeptWeights):
+    """A copy of a model's weights. See the options."""
+
     def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._is_released = False
+
+    @property
+    def own_bytes(self) -> int:
+        """As the options say."""
+        own_bytes: int = self._spec.options["copy"]
+        return own_bytes
+
+    @property
+    def shared(self) -> Mapping[str, int]:
+        """What its model shares."""
+        return dict(self._spec.options.get("shared", {}))
+
+    def release(self) -> None:
+        """No load comes from it any more."""
+        if COPIES.get(self._spec.name) is self:
+            del COPIES[self._spec.name]
+        self._is_released = True
+        _stage(self._spec, "drop")
+
+    @property
+    def is_held(self) -> bool:
+        """As long as somebody reads from it."""
+        return not self._is_released or Path(self._spec.options.get("in_use", "")).is_file()
+
+
+class _Odd(LoadedModel):
+    def __init__(self, spec: ModelSpec, home: int) -> None:
         self.parts: dict[int, Memory] = {}
         self._spec = spec
+        self._home = home
+        source = spec.options.get("source", "storage")
+        self._source: Any = LoadSource.COPY if spec.name in COPIES else _source(source)
 
     def run(
         self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
@@ -168,8 +215,39 @@ class _Odd(LoadedModel):
             return (TensorValue(name="modules", dtype=DType.TEXT, shape=(1,), data=(text,)),)
         return tuple(inputs)
 
+    def prepare(
+        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
+    ) -> Prepared | None:
+        if not self._spec.options.get("batch"):
+            return None
+        _stage(self._spec, "prepare")
+        return Prepared(key=(), rows=1, most_rows=16, content=inputs)
+
+    def run_batch(self, requests: Sequence[Prepared]) -> Sequence[tuple[TensorValue, ...]]:
+        _stage(self._spec, "run")
+        # Each with how many shared its run.
+        count = TensorValue(name="count", dtype=DType.UINT8, shape=(), data=bytes([len(requests)]))
+        return [(*request.content, count) for request in requests]
+
     def measured_bytes(self) -> Mapping[int, int]:
         return {device: part.size_bytes for device, part in self.parts.items()}
+
+    def shared_bytes(self) -> Mapping[int, Mapping[str, int]]:
+        shared = self._spec.options.get("shared")
+        return {self._home: shared} if shared else {}
+
+    @property
+    def source(self) -> LoadSource:
+        source: LoadSource = self._source
+        return source
+
+    def keep(self) -> KeptWeights | None:
+        assert self.parts, "it is kept after it was closed"
+        _stage(self._spec, "keep")
+        if "copy" not in self._spec.options:
+            return None
+        copy = COPIES[self._spec.name] = Copy(self._spec)
+        return copy
 
     def witnesses(self) -> tuple[Witness, ...]:
         return tuple(
@@ -179,6 +257,13 @@ class _Odd(LoadedModel):
     def close(self) -> None:
         self.parts.clear()
         _stage(self._spec, "close")
+
+
+def _source(value: str) -> Any:
+    try:
+        return LoadSource(value)
+    except ValueError:
+        return SimpleNamespace(value=value)
 
 
 class _BriefOdd(_Odd):
@@ -225,8 +310,9 @@ class OddRuntime(Runtime):
 
     def load(self, spec: ModelSpec, *, place: Place, stop: StopCheck) -> LoadedModel:
         """Makes one part after the other."""
-        odd = (_BriefOdd if spec.options.get("brief") else _Odd)(spec)
-        for device, size_bytes in _sizes(spec, place.target.home).items():
+        home = place.target.home
+        odd = (_BriefOdd if spec.options.get("brief") else _Odd)(spec, home)
+        for device, size_bytes in _sizes(spec, home).items():
             part = odd.parts[device] = Memory(device, size_bytes)
             if spec.options.get("keep"):
                 KEPT.append(part)

@@ -14,7 +14,8 @@ import transformers
 from tests.support.tiny_models import TinyMlp
 
 from modelyard_server.weights.activations import InputShapes, predict_peak_bytes
-from modelyard_server.weights.measured_peaks import FirstRuns, MeasuredPeak, measured_peak
+from modelyard_server.weights.first_runs import FirstRuns
+from modelyard_server.weights.measured_peaks import MeasuredPeak, measured_peak
 from modelyard_server.weights.storage_tracker import StorageTracker
 
 SIZES: dict[str, Any] = {

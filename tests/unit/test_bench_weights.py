@@ -17,6 +17,7 @@ from bench.weights import PARTS, combined, show
 from bench.weights_cache import cold_read_s, drop, resident_share, warm
 from bench.weights_figures import (
     BARS,
+    NOTED,
     Bar,
     beyond_ledger,
     error_pct,
@@ -31,6 +32,7 @@ from bench.weights_figures import (
 )
 from bench.weights_models import Encoder, filed_bytes, make_encoders, make_fine_tunes
 from bench.weights_server import ServerReport, beat, read_report, worker_pids
+from bench.weights_tier import LoadRounds, rounds_figures
 from tests.support.server import eventually
 
 NEEDED = {
@@ -94,6 +96,18 @@ class TestBars:
         (steady,) = (line for line in lines if "1.4" in line)
         assert "MISSED" not in steady
 
+    def test_figures_without_a_bar_are_shown_and_never_missed(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert not NOTED.keys() & {bar.figure for bar in BARS}
+        show({"tier_rps_vs_none": 0.5, "tier_warm_copies": 7}, quick=False)
+        printed = capsys.readouterr().out
+        assert "MISSED" not in printed
+        lines = printed.splitlines()
+        assert any("requests/s" in line and "0.5" in line and "none" in line for line in lines)
+        assert any("copies made" in line and "7" in line for line in lines)
+        assert not any("loads from copies" in line for line in lines)
+
 
 class TestArithmetic:
     def test_a_ratio_is_the_median_of_the_rounds_ratios(self) -> None:
@@ -156,8 +170,23 @@ class TestArithmetic:
         with pytest.raises(ValueError, match="engine_kind"):
             combined([*parts, {"engine_kind": "thread"}])
 
+    def test_a_load_from_a_copy_is_held_against_those_of_its_round(self) -> None:
+        rounds = LoadRounds(keep=[0.2, 0.6, 0.4], gb=[0.5, 0.5, 0.5])
+        for cold, cached, copy in ((2.0, 0.5, 1.0), (8.0, 1.0, 2.0), (3.0, 0.3, 1.0)):
+            rounds.add("storage", cold, cold + 1)
+            rounds.add("page cache", cached, cached + 1)
+            rounds.add("copy", copy, copy + 1)
+        figures = rounds_figures(rounds)
+        # More than 1 is a copy that is faster.
+        assert figures["promotion_vs_cold"] == 3.0
+        assert figures["promotion_vs_cache"] == 0.5
+        assert figures["promotion_ttfi_vs_cold"] == 2.0
+        assert figures["promotion_ttfi_vs_cache"] == round(2 / 3, 3)
+        assert figures["demote_seconds_per_gb"] == 0.8
+        assert (figures["tier_cold_load_ms"], figures["tier_copy_load_ms"]) == (3000.0, 1000.0)
+
     def test_every_part_says_how_it_can_be_called_alone(self) -> None:
-        assert list(PARTS) == ["loads", "cycles", "shared", "loading", "sizes"]
+        assert list(PARTS) == ["loads", "cycles", "shared", "loading", "sizes", "tier"]
 
 
 class TestPageCache:

@@ -10,6 +10,7 @@ from modelyard_server.devices.budgets import (
     BudgetImpossible,
     budget_violations,
 )
+from modelyard_server.devices.host_tier import HostTier
 from modelyard_server.devices.inventory import ManagedDevice
 
 HOST = 1000
@@ -101,3 +102,40 @@ def test_what_stops_the_start_is_one_line() -> None:
         "devices/cpu: budget 1001 bytes is more than it has, 1000 bytes; "
         "devices/cuda-0: a budget is at least 0 bytes, got -1"
     )
+
+
+def tier_of(budget: int) -> HostTier:
+    return HostTier(budget_bytes=budget, total_bytes=HOST, above=())
+
+
+def test_the_host_tier_is_a_pool_of_host_memory_like_the_others() -> None:
+    devices = [managed("cpu"), managed("cuda:0", logical=True, reserve=100), managed("cuda:1")]
+    assert budget_violations(devices, [200, 300, HOST], tier_of(400)) == ()
+    (violation,) = budget_violations(devices, [200, 300, HOST], tier_of(401))
+    assert violation.field == "devices/cpu"
+    assert violation.description == (
+        "the budgets of devices in host memory and its tier are 901 bytes together "
+        "(devices/cpu 200, devices/cuda-0 300, the host tier 401), and it has 1000 bytes, "
+        "less 100 bytes in reserve"
+    )
+
+
+def test_one_device_and_the_host_tier_are_two_pools() -> None:
+    assert budget_violations([managed("cpu")], [600], tier_of(400)) == ()
+    assert len(budget_violations([managed("cpu")], [600], tier_of(401))) == 1
+    assert len(budget_violations([managed("cuda:0", logical=True)], [601], tier_of(400))) == 1
+
+
+def test_a_host_tier_alone_is_bounded_by_host_memory() -> None:
+    cards = [managed("cuda:0")]
+    assert budget_violations(cards, [HOST], tier_of(HOST)) == ()
+    (violation,) = budget_violations(cards, [HOST], tier_of(HOST + 1))
+    assert violation.field == "hostTier"
+    assert violation.description == "budget 1001 bytes is more than the host has, 1000 bytes"
+    (violation,) = budget_violations(cards, [HOST], tier_of(MAX_BUDGET_BYTES + 1))
+    assert f"at most {MAX_BUDGET_BYTES} bytes" in violation.description
+
+
+def test_a_host_tier_that_is_impossible_by_itself_is_named_once() -> None:
+    (violation,) = budget_violations([managed("cpu")], [1], tier_of(HOST + 1))
+    assert violation.field == "hostTier"

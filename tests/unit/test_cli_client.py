@@ -149,6 +149,45 @@ class TestListings:
         table = lines(run(server, "residency"))
         assert table[-1] == ["m", "resident", "cpu", "286.1MiB", "pinned", "2", "0", "0"]
 
+    def test_residency_tells_of_copies(self, server: FakeServer) -> None:
+        copied = residency_pb2.Residency(
+            model="models/m",
+            state=residency_pb2.RESIDENCY_STATE_COLD,
+            failure=residency_pb2.LoadFailure(message="truncated"),
+        )
+        for state, size_bytes, nanos, words in (
+            (residency_pb2.COPY_STATE_NONE, 0, 0, "truncated"),
+            (residency_pb2.COPY_STATE_MAKING, 0, 0, "truncated; copy (making)"),
+            (residency_pb2.COPY_STATE_MAKING, 2**20, 0, "truncated; copy (making) 1MiB"),
+            (residency_pb2.COPY_STATE_KEPT, 2**20, 12_000_000, "truncated; copy 1MiB, 12.0ms"),
+            (residency_pb2.COPY_STATE_DROPPING, 2**20, 0, "truncated; copy (dropping) 1MiB"),
+        ):
+            copied.copy_state, copied.copy_bytes = state, size_bytes
+            copied.ClearField("copy_load_duration")
+            if nanos:
+                copied.copy_load_duration.nanos = nanos
+            server.reply(
+                "ListResidencies",
+                residency_service_pb2.ListResidenciesResponse(residencies=[copied]),
+            )
+            assert " ".join(lines(run(server, "residency"))[-1]).endswith(words)
+            (found,) = json.loads(run(server, "residency", "--json").stdout)
+            assert found["copy_bytes"] == size_bytes
+            assert found["copy_load_s"] == (0.012 if nanos else None)
+
+    def test_stats_tell_of_the_host_tier_where_there_is_one(self, server: FakeServer) -> None:
+        assert "host" not in run(server, "stats").stdout
+        assert json.loads(run(server, "stats", "--json").stdout)["stats"]["host_tier"] is None
+        tier = admin_service_pb2.HostTier(
+            budget_bytes=2**30, resident_bytes=2**20, copy_count=3, promotion_count=7
+        )
+        server.reply("GetStats", admin_service_pb2.GetStatsResponse(host_tier=tier))
+        table = lines(run(server, "stats"))
+        assert ["host", "tier", "1MiB", "of", "1GiB"] in table
+        assert ["copies", "3"] in table and ["loads", "from", "copies", "7"] in table
+        found = json.loads(run(server, "stats", "--json").stdout)["stats"]["host_tier"]
+        assert (found["budget_bytes"], found["promotion_count"]) == (2**30, 7)
+
     def test_stats(self, server: FakeServer) -> None:
         table = lines(run(server, "stats"))
         assert ["version", "9.9.9"] in table and ["answered", "41"] in table

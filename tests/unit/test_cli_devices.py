@@ -100,6 +100,7 @@ OBSTACLE = plan_pb2.Obstacle(
 def server() -> Iterator[FakeServer]:
     with serving() as fake:
         fake.reply("ListDevices", device_service_pb2.ListDevicesResponse(devices=[GPU, CPU]))
+        fake.reply("GetStats", admin_service_pb2.GetStatsResponse())
         fake.reply("GetPlan", device_service_pb2.GetPlanResponse(plan=PLAN))
         fake.reply("PlanDevices", device_service_pb2.PlanDevicesResponse(report=REPORT))
         fake.reply("ApplyPlan", device_service_pb2.ApplyPlanResponse(plan=PLAN, report=REPORT))
@@ -152,6 +153,20 @@ class TestList:
         (first, second) = json.loads(run(server, *arguments, "--json").stdout)
         assert (first["device"], first["drained"]) == ("cuda:1", True)
         assert second["budget_bytes"] == 2**30
+
+    def test_the_host_tier_stands_below_the_devices(self, server: FakeServer) -> None:
+        assert "host tier" not in run(server).stdout
+        tier = admin_service_pb2.HostTier(
+            budget_bytes=2**30,
+            reserved_bytes=2**20,
+            resident_bytes=2**21,
+            draining_bytes=2**20,
+            copy_count=4,
+        )
+        server.reply("GetStats", admin_service_pb2.GetStatsResponse(host_tier=tier))
+        result = run(server)
+        assert result.stdout.splitlines()[-1] == "host tier: 4MiB of 1GiB in 4 copies"
+        assert len(json.loads(run(server, "--json").stdout)) == 2
 
     def test_options_that_would_be_lost_are_refused(self, server: FakeServer) -> None:
         result = CliRunner().invoke(app, ["devices", "--server", server.address, "list"])

@@ -28,7 +28,7 @@ from modelyard.aio import AsyncClient
 from modelyard.client import Client
 from modelyard.devices import ComponentDevice, Device, DeviceMap
 from modelyard.prediction import Prediction
-from modelyard.resources import DeviceCharge, LoadFailure, ResidencyState
+from modelyard.resources import CopyState, DeviceCharge, HostTier, LoadFailure, ResidencyState
 from modelyard.tensors import Bfloat16, TensorError, to_tensor
 from modelyard.v1 import (
     admin_service_pb2,
@@ -887,6 +887,9 @@ class TestAdmin:
                 retry_time=Timestamp(seconds=1_700_000_000),
             ),
             quarantined=[residency_pb2.DeviceCharge(device="devices/cpu", size_bytes=1)],
+            copy_state=residency_pb2.COPY_STATE_KEPT,
+            copy_bytes=5,
+            copy_load_duration=Duration(nanos=12_000_000),
         )
         response = getattr(residency_service_pb2, f"{rpc}Response")
         server.answer(rpc, lambda request, context: response(residency=message))
@@ -911,6 +914,9 @@ class TestAdmin:
                 )
             ),
             "quarantined": (dataclasses.asdict(DeviceCharge(device="devices/cpu", size_bytes=1)),),
+            "copy_state": CopyState.KEPT,
+            "copy_bytes": 5,
+            "copy_load_s": 0.012,
         }
 
     @pytest.mark.parametrize("state", residency_pb2.ResidencyState.values())
@@ -932,9 +938,10 @@ class TestAdmin:
         server.answer(
             "LoadModel",
             lambda request, context: residency_service_pb2.LoadModelResponse(
-                residency=residency_pb2.Residency(state=newer)
+                residency=residency_pb2.Residency(state=newer, copy_state=newer)
             ),
         )
+        assert admin.load("m").copy_state is CopyState.UNKNOWN
         server.answer(
             "GetDevice",
             lambda request, context: device_service_pb2.GetDeviceResponse(
@@ -1011,11 +1018,37 @@ class TestAdmin:
             **{
                 field.name: getattr(message, field.name)
                 for field in message.DESCRIPTOR.fields
-                if field.name not in ("error_counts", "load_duration")
+                if field.name not in ("error_counts", "load_duration", "host_tier")
             },
             "error_counts": {"QUEUE_FULL": 2},
             "load_s": 8.0,
+            "host_tier": None,
         }
+
+    def test_the_server_tells_of_its_host_tier(self, server: FakeServer, admin: Admin) -> None:
+        names = [field.name for field in dataclasses.fields(HostTier)]
+        told = {name: number for number, name in enumerate(names, 1)}
+        message = admin_service_pb2.GetStatsResponse(host_tier=admin_service_pb2.HostTier(**told))
+        server.answer("GetStats", lambda request, context: message)
+        tier = admin.stats().host_tier
+        assert tier == HostTier(**told)
+        assert tier.accounted_bytes == 2 + 3 + 4 + 5
+        assert names == [field.name for field in admin_service_pb2.HostTier.DESCRIPTOR.fields]
+
+    @pytest.mark.parametrize("state", residency_pb2.CopyState.values())
+    def test_every_state_of_a_copy_has_a_value(
+        self, server: FakeServer, admin: Admin, state: Any
+    ) -> None:
+        server.answer(
+            "LoadModel",
+            lambda request, context: residency_service_pb2.LoadModelResponse(
+                residency=residency_pb2.Residency(copy_state=state)
+            ),
+        )
+        name = residency_pb2.CopyState.Name(state).removeprefix("COPY_STATE_")
+        # A server that is older than the host tier says nothing of copies.
+        expected = "NONE" if name == "UNSPECIFIED" else name
+        assert admin.load("m").copy_state is CopyState[expected]
 
     def test_unload_waits_as_long_as_it_is_told(self, server: FakeServer, admin: Admin) -> None:
         left: list[float] = []

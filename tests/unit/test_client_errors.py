@@ -78,6 +78,7 @@ BY_REASON = [
     ("CONFIG_OWNED", Code.FAILED_PRECONDITION, errors.ConfigOwned),
     ("CATALOG_UNAVAILABLE", Code.UNAVAILABLE, errors.CatalogUnavailable),
     ("WORKER_LOST", Code.UNAVAILABLE, errors.WorkerLost),
+    ("ANSWER_TOO_LARGE", Code.RESOURCE_EXHAUSTED, errors.AnswerTooLarge),
 ]
 
 

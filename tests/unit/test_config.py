@@ -29,6 +29,7 @@ from modelyard_server.config import (
     ConfigError,
     DeviceConfig,
     EngineConfig,
+    HostTierConfig,
     ModelConfig,
     ServerConfig,
     WeightsConfig,
@@ -39,7 +40,7 @@ from modelyard_server.config import (
 )
 from modelyard_server.config.reading import MAX_CONFIG_BYTES
 from modelyard_server.config.rules import RuleError
-from modelyard_server.config.values import rule_of, settings
+from modelyard_server.config.values import POLICIES, rule_of, settings
 from modelyard_server.devices.sizes import MAX_SIZE_BYTES, format_size, parse_size
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -494,6 +495,16 @@ class TestServer:
         assert (line, key) == (2, f"server.{setting.split()[0]}")
         assert text in problem
 
+    def test_an_unknown_policy_is_told_which_there_are(self, base: Path) -> None:
+        line, key, problem = only_problem(f'[yard]\npolicy = "lfu"\n{CPU}', base)
+        assert (line, key) == (2, "yard.policy")
+        assert "must be one of ensemble, learned, " in problem
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_every_policy_of_the_core_may_be_chosen(self, base: Path, policy: str) -> None:
+        config = parse_config(f'[yard]\npolicy = "{policy}"\n{CPU}', base=base)
+        assert config.yard.policy == policy
+
     @pytest.mark.parametrize(
         "setting",
         [
@@ -531,6 +542,85 @@ class TestServer:
         line, found, problem = only_problem(text, base)
         assert (line, found) == (1, key)
         assert "table" in problem
+
+
+class TestHostTier:
+    LOGICAL = '[[devices]]\ndevice = "cuda:0"\nlogical = true\nbudget = "1GB"\n'
+    REAL = '[[devices]]\ndevice = "cuda:0"\nbudget = "1GB"\n'
+    DISK = '[[devices]]\ndevice = "disk"\nbudget = "1GB"\n[roots]\nstore = "models"\n'
+
+    @pytest.mark.parametrize(
+        ("written", "budget"),
+        [
+            ("", None),
+            ("[host_tier]\n", None),
+            ("[host_tier]\nbudget = 0\n", None),
+            ("[host_tier]\nbudget = 7\n", Budget(size_bytes=7)),
+            ('[host_tier]\nbudget = "4GiB"\n', Budget(size_bytes=2**32)),
+            ('[host_tier]\nbudget = "12.5%"\n', Budget(percent=Decimal("12.5"))),
+        ],
+    )
+    @pytest.mark.parametrize("devices", [LOGICAL, REAL, REAL + CPU])
+    def test_its_budget_is_read_like_those_of_devices(
+        self, base: Path, devices: str, written: str, budget: Budget | None
+    ) -> None:
+        config = parse_config(devices + written, base=base)
+        assert config.host_tier == HostTierConfig(budget=budget)
+
+    @pytest.mark.parametrize(
+        ("setting", "text"),
+        [
+            ('budget = "0%"', "above 0%"),
+            ('budget = "101%"', "at most 100%"),
+            ("budget = -1", "at least 1"),
+            ('budget = "0B"', "at least 1"),
+            ("budget = false", "bytes, a size or a percentage"),
+            ("budget = 1.5", "bytes, a size or a percentage"),
+            ('budget = "lots"', "no size"),
+            ("bugdet = 1", 'did you mean "budget"?'),
+        ],
+    )
+    def test_budgets_that_cannot_be_are_refused(self, base: Path, setting: str, text: str) -> None:
+        line, key, problem = only_problem(f"{self.LOGICAL}[host_tier]\n{setting}\n", base)
+        assert (line, key) == (6, f"host_tier.{setting.split()[0]}")
+        assert text in problem
+
+    @pytest.mark.parametrize("devices", [CPU, CPU + DISK])
+    def test_it_needs_a_device_that_it_is_for(self, base: Path, devices: str) -> None:
+        text = f'[host_tier]\nbudget = "1GB"\n{devices}'
+        line, key, problem = only_problem(text, base)
+        assert (line, key) == (2, "host_tier.budget")
+        assert "no device whose models it could keep" in problem and "page cache" in problem
+
+    def test_without_devices_that_can_be_read_nobody_knows_whether_it_has_one(
+        self, base: Path
+    ) -> None:
+        tier = "[host_tier]\nbudget = 1\n"
+        assert only_problem(tier, base)[1] == "devices"
+        broken = '[[devices]]\ndevice = "gpu"\nbudget = 1\n'
+        assert only_problem(tier + broken + CPU, base)[1] == "devices[0].device"
+
+    def test_it_takes_the_place_of_a_device(self, base: Path) -> None:
+        def text(count: int, budget: int) -> str:
+            devices = "".join(
+                f'[[devices]]\ndevice = "cuda:{index}"\nbudget = 1\n' for index in range(count)
+            )
+            return f"[host_tier]\nbudget = {budget}\n{devices}"
+
+        assert len(parse_config(text(15, 1), base=base).devices) == 15
+        assert len(parse_config(text(16, 0), base=base).devices) == 16
+        _, key, problem = only_problem(text(16, 1), base)
+        assert key == "devices"
+        assert "at most 15 devices beside a host tier, got 16" in problem
+        assert "at most 16" in only_problem(text(17, 1), base)[2]
+
+    def test_values_made_by_hand_are_checked_too(self) -> None:
+        device = DeviceConfig(device=Device.cpu(), budget=Budget(size_bytes=1))
+        below_zero: Any = -1
+        with pytest.raises(ValueError, match=r"host_tier\.budget: there is no device"):
+            Config(devices=(device,), host_tier=HostTierConfig(budget=Budget(size_bytes=1)))
+        with pytest.raises(ValueError, match="at least 1"):
+            HostTierConfig(budget=below_zero)
 
 
 class TestDevices:
@@ -1124,6 +1214,7 @@ class TestExampleAndDocument:
         shown = {
             ServerConfig: document["server"],
             YardConfig: document["yard"],
+            HostTierConfig: document["host_tier"],
             DeviceConfig: document["devices"][0],
             ModelConfig: {"id": "sentiment", **document["models"]["sentiment"]},
         }
@@ -1135,6 +1226,7 @@ class TestExampleAndDocument:
                     if setting.name.endswith("_bytes"):
                         value = parse_size(value)
                     assert value == setting.default, setting.name
+        assert HostTierConfig(budget=document["host_tier"]["budget"]) == HostTierConfig()
         assert document["runtimes"]["torch"]["allowed_factories"] == []
         assert set(document) == {setting.name for setting in dataclasses.fields(Config)} - {
             "allowed_factories"
@@ -1150,6 +1242,7 @@ class TestExampleAndDocument:
             ("[server]", ServerConfig),
             ("[yard]", YardConfig),
             ("[engine]", EngineConfig),
+            ("[host_tier]", HostTierConfig),
             ("[[devices]]", DeviceConfig),
             ("[models.ID]", ModelConfig),
         ],
@@ -1157,7 +1250,9 @@ class TestExampleAndDocument:
     def test_every_field_is_in_the_document_with_its_default(
         self,
         heading: str,
-        section: type[ServerConfig | YardConfig | EngineConfig | DeviceConfig | ModelConfig],
+        section: type[
+            ServerConfig | YardConfig | EngineConfig | HostTierConfig | DeviceConfig | ModelConfig
+        ],
     ) -> None:
         rows = documented(heading)
         expected = {each.name: each.default for each in dataclasses.fields(section)}
@@ -1176,6 +1271,8 @@ class TestExampleAndDocument:
                     assert float(shown) == default, name
                 case str() if default:
                     assert shown == default, name
+                case None if section is HostTierConfig:
+                    assert rule_of(settings(section)[0])(int(shown)) is None
                 case _:
                     assert shown in {"[]", "empty", "none", "the server chooses at each load"}, name
 
@@ -1193,13 +1290,13 @@ class TestExampleAndDocument:
     def test_ranges_in_the_document_are_the_ones_that_are_checked(self) -> None:
         rules = {
             setting.name: rule_of(setting)
-            for section in (ServerConfig, YardConfig, DeviceConfig)
+            for section in (ServerConfig, YardConfig, EngineConfig, DeviceConfig)
             for setting in settings(section)
         }
         ranges = re.findall(
             r"^\| `(\w+)` \| \w+, ([\d.]+) to (\d+) ", DOCUMENT.read_text(encoding="utf-8"), re.M
         )
-        assert len(ranges) == 11
+        assert len(ranges) == 12
         for name, low_text, high_text in ranges:
             low = float(low_text) if "." in low_text else int(low_text)
             high = int(high_text)

@@ -20,6 +20,7 @@ import pytest
 
 from modelyard_server import _core
 from modelyard_server._core import LoadFailure, RefuseReason, State
+from modelyard_server.config.values import POLICIES
 
 NEVER = _core.NEVER_NS
 SECOND = 10**9
@@ -156,7 +157,10 @@ def test_audit_of_a_sound_yard_says_nothing() -> None:
         ({"budgets": [1] * 17}, "1 to 16 devices"),
         ({"budgets": [-1]}, "budget"),
         ({"budgets": [_core.MAX_BYTES + 1]}, "budget"),
-        ({"policy": "fifo"}, 'no policy "fifo"; there are: gap lru'),
+        (
+            {"policy": "fifo"},
+            'no policy "fifo"; there are: ensemble learned next-use gap mix decay gdsf lru',
+        ),
         ({"loads_per_device": 0}, "load channel"),
         ({"max_waiting": 0}, "room for one"),
         ({"max_waiting_per_model": 0}, "room for one"),
@@ -405,9 +409,22 @@ def test_constants() -> None:
     assert _core.MAX_DEVICES == 16
     assert _core.MAX_BYTES == 2**46 - 1
     assert _core.NEVER_NS == 2**63 - 1
-    assert _core.POLICIES == ("gap", "lru")
-    assert make_yard().policy == "gap"
-    assert make_yard(policy="lru").policy == "lru"
+    assert _core.POLICIES == POLICIES
+    assert make_yard().policy == "ensemble"
+
+
+@pytest.mark.parametrize("policy", _core.POLICIES)
+def test_a_yard_goes_by_the_policy_it_was_given(policy: str) -> None:
+    yard = make_yard(100, policy=policy)
+    assert yard.policy == policy
+    model = yard.add_model("m", [{0: 60}], 2.0)
+    yard.request(model, 0, NEVER)
+    if policy in {"ensemble", "learned"}:
+        assert yard.leader == "lru", "the first leader"
+        assert yard.shadow_seconds == (2.0, 2.0), "what its own rule has paid, and LRU"
+    else:
+        assert yard.leader == policy
+        assert yard.shadow_seconds is None
 
 
 def test_a_refusal_carries_numbers_and_the_largest_holders() -> None:

@@ -14,7 +14,7 @@ from tests.support.fake_engine import FakeEngine, FakeRun, turns
 
 from modelyard_server.errors import Code, Reason, Refusal
 from modelyard_server.execution.dispatch import run_leased
-from modelyard_server.execution.engine import ModelFailed, RunOutcome
+from modelyard_server.execution.engine import ModelFailed, RunOutcome, nobody
 from modelyard_server.residency.shell import Lease
 from modelyard_server.runtimes.api import OptionError
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
@@ -24,6 +24,7 @@ VALUE = TensorValue(name="x", dtype=DType.UINT8, shape=(1,), data=b"a")
 
 class Handle:
     core_id = 7
+    finished_runs = 0
 
 
 class CountedLease:
@@ -96,9 +97,14 @@ async def test_the_works_error_is_raised_and_the_lease_goes(
 async def test_work_that_ends_in_place_is_answered(lease: CountedLease) -> None:
     class Brief(FakeEngine):
         def run(
-            self, model: int, inputs: Any, parameters: Any, on_done: Callable[[Any], None]
+            self,
+            model: int,
+            inputs: Any,
+            parameters: Any,
+            on_done: Callable[[Any], None],
+            client: Callable[[], str] = nobody,
         ) -> FakeRun:
-            run = super().run(model, inputs, parameters, on_done)
+            run = super().run(model, inputs, parameters, on_done, client)
             run.finish((VALUE,))
             return run
 
@@ -191,9 +197,14 @@ async def test_an_error_leaves_nothing_of_its_request_to_the_garbage_collector(
     # Inputs may be megabytes, and the collector counts objects, not bytes.
     class Engine(FakeEngine):
         def run(
-            self, model: int, inputs: Any, parameters: Any, on_done: Callable[[Any], None]
+            self,
+            model: int,
+            inputs: Any,
+            parameters: Any,
+            on_done: Callable[[Any], None],
+            client: Callable[[], str] = nobody,
         ) -> FakeRun:
-            run = super().run(model, inputs, parameters, on_done)
+            run = super().run(model, inputs, parameters, on_done, client)
             if brief:
                 run.finish(TensorError("x", "no"))
             return run

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from modelyard.devices import Device, DeviceType
-from modelyard_server.config import Budget, DeviceConfig
+from modelyard_server.config import Budget, DeviceConfig, HostTierConfig
+from modelyard_server.devices.host_tier import HostTier, take_host_tier
 from modelyard_server.devices.inventory import (
     BudgetImpossible,
     DeviceMissing,
@@ -135,6 +136,42 @@ def test_budgets_that_cannot_be_stop_the_start(configs: list[DeviceConfig], text
         take_inventory(configs, using=TWO_GPUS)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class TestHostTier:
+    @staticmethod
+    def taken(budget: str, *configs: DeviceConfig) -> HostTier | None:
+        devices = take_inventory(configs, using=TWO_GPUS)
+        tier = HostTierConfig(budget=Budget.from_str(budget))
+        return take_host_tier(tier, devices, using=TWO_GPUS)
+
+    def test_percentages_are_of_host_memory_and_it_is_above_what_is_dearer(self) -> None:
+        tier = self.taken(
+            "25%",
+            config("cpu", "10%"),
+            config("cuda:0"),
+            config("cpu:1", "10%", logical=True),
+            config("mps", "10%", logical=True),
+        )
+        assert tier == HostTier(budget_bytes=250, total_bytes=1000, above=(False, True, True, True))
+
+    def test_without_a_budget_there_is_none_and_nothing_is_probed(self) -> None:
+        devices = take_inventory([config("cuda:0")], using=TWO_GPUS)
+        assert take_host_tier(HostTierConfig(), devices, using={}) is None
+
+    @pytest.mark.parametrize(
+        ("budget", "configs", "text"),
+        [
+            ("1001B", [config("cuda:0")], "hostTier: budget 1001 bytes is more than the host has"),
+            ("50%", [config("cuda:0", logical=True), config("cpu", "1B")], "1001 bytes together"),
+        ],
+    )
+    def test_budgets_that_cannot_be_stop_the_start(
+        self, budget: str, configs: list[DeviceConfig], text: str
+    ) -> None:
+        with pytest.raises(BudgetImpossible) as caught:
+            self.taken(budget, *configs)
+        assert text in str(caught.value)
 
 
 class TestThisMachine:

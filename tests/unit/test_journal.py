@@ -297,10 +297,62 @@ def published(decision: str, **values: Any) -> tuple[Event, Journal]:
         journal,
         record_of(decision, **values),
         name_of={1: "a", 2: "b"}.__getitem__,
-        device_name_of=["devices/cpu", "devices/x"].__getitem__,
+        device_name_of=["devices/cpu", "devices/x", "hostTier"].__getitem__,
     )
     assert journal.events_after(0) == ([event], False)
     return event, journal
+
+
+@pytest.mark.parametrize(
+    ("values", "cause", "score", "description"),
+    [
+        ({"why": "MODEL", "cause": 2, "score": 0.1}, "models/b", 0.1, ", for models/b"),
+        (
+            {"why": "BUDGET", "score": 2.0},
+            "hostTier",
+            2.0,
+            ", because the host tier holds more than its budget",
+        ),
+        ({"why": "OPERATOR"}, "operator", None, ", because an operator asked for it"),
+        ({"why": "REMOVED"}, "operator", None, ", because the model was deleted"),
+        (
+            {"why": "REPLACED"},
+            "operator",
+            None,
+            ", because another version of it has taken over",
+        ),
+        ({"why": "LOST"}, "", None, ", because the process that held it has died"),
+    ],
+)
+def test_a_copy_that_goes_says_for_whom_or_what(
+    values: dict[str, Any], cause: str, score: float | None, description: str
+) -> None:
+    event, journal = published("COPY_DROPPED", device=2, bytes=2**20, **values)
+    assert (event.type, event.subject) == (EventType.COPY_DROPPED, "models/a")
+    assert (event.cause, event.score, event.size_bytes) == (cause, score, 2**20)
+    assert event.description == f"its copy leaves the host tier, 1MiB come back{description}"
+    assert journal.changes_after(Position(0)) == (["a"], [])
+
+
+def test_a_copy_that_was_made_is_told() -> None:
+    event, journal = published("COPY_KEPT", device=2, bytes=2**20)
+    assert (event.type, event.subject, event.cause) == (EventType.COPY_KEPT, "models/a", "")
+    assert event.description == "a copy of its weights, 1MiB, is on the host tier"
+    assert journal.changes_after(Position(0)) == (["a"], [])
+
+
+def test_what_is_not_back_is_said_of_the_device_or_of_the_host_tier() -> None:
+    event, _ = published("QUARANTINED", device=2, bytes=2**20)
+    assert event.description == "its copy has left the host tier, 1MiB are not back"
+    for device in (-1, 1):
+        event, _ = published("QUARANTINED", device=device, bytes=2**20)
+        assert event.description == "has left, 1MiB are not back"
+
+
+def test_the_budget_of_the_host_tier_is_a_budget_like_others() -> None:
+    event, _ = published("BUDGET_CHANGED", model=0, device=2, bytes=2**20)
+    assert (event.subject, event.cause) == ("hostTier", "operator")
+    assert event.description == "its budget is 1MiB now"
 
 
 @pytest.mark.parametrize(

@@ -206,3 +206,11 @@ class TestHeadroom:
 
     def test_a_server_without_host_devices_needs_only_itself(self) -> None:
         assert headroom(self.LIMIT, [], GIB, 0).needed_bytes == GIB
+
+    def test_the_host_tier_is_promised_like_the_rest_and_named(self) -> None:
+        hundred = ProcessLimit(bytes=100, source=LimitSource.MACHINE)
+        assert headroom(hundred, [40], 5, 5, 40).suffices
+        found = headroom(hundred, [40], 5, 5, 41)
+        assert found.needed_bytes == 91
+        assert "promise 81 bytes (the host tier 41 bytes of it), the process" in found.warning
+        assert "host tier" not in headroom(hundred, [80], 5, 6).warning

@@ -22,7 +22,6 @@ from tests.support.stored_models import model_over, resident_pages, stored_model
 from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError
 from modelyard_server.weights.holding import Holding, ReadMode, WeightPool
 from modelyard_server.weights.pages import are_cached
-from modelyard_server.weights.reading import mapped
 from modelyard_server.weights.reading.api import FilePart, layout
 from modelyard_server.weights.reading.mailbox import Mailbox
 from modelyard_server.weights.safetensors_files import FileHeader, TensorHeader
@@ -250,7 +249,7 @@ def test_pages_of_a_cold_file_are_in_memory_before_anybody_touches_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("are_cached", "seem_cached"):
-        monkeypatch.setattr(mapped, name, lambda *_: False)
+        monkeypatch.setattr(f"modelyard_server.weights.pages.{name}", lambda *_: False)
     stored = stored_model(tmp_path, {"a": pages(64, 1.0), "b": pages(64, 2.0)})
     pool = WeightPool()
     stays = take(pool, stored, names=["a"])

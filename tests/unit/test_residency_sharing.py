@@ -79,6 +79,7 @@ class Bench:
             WorkerDeath(
                 worker="cpu",
                 models=frozenset(model.core_id for model in models),
+                copies=frozenset(),
                 suspects=tuple(model.core_id for model in suspects),
                 cause="killed by SIGSEGV",
             )
@@ -242,7 +243,6 @@ async def test_three_strikes_bar_a_model_until_somebody_asks_by_hand() -> None:
         assert refused.value.reason is Reason.LOAD_FAILED
         assert "3 times" in bench.residency.use(model).failure_text
         bench.recovery.forgive(model)
-        bench.clock.advance(61)
         await bench.load(model)
         assert bench.state(model) is State.RESIDENT
 

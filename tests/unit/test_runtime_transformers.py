@@ -34,6 +34,7 @@ from modelyard_server.runtimes.hf.runtime import TransformersRuntime
 from modelyard_server.runtimes.registry import make_runtimes
 from modelyard_server.runtimes.targets import Place
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
+from modelyard_server.weights.activation_model import ActivationModel
 
 TEXTS = ("the cat sat on the mat", "good dog", "i like this big red house or that blue river")
 
@@ -736,13 +737,15 @@ def test_a_price_says_what_runs_take_if_it_is_to(
     bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
-    predict = activations.predict_for_task
+    predict = activations.model_for_task
 
-    def counted(module: Any, config: Any, task: str, batch: int, length: int) -> int:
+    def counted(
+        module: Any, config: Any, task: str, batch: int, length: int
+    ) -> ActivationModel | None:
         asked.append((batch, length))
         return predict(module, config, task, batch, length)
 
-    monkeypatch.setattr(activations, "predict_for_task", counted)
+    monkeypatch.setattr(activations, "model_for_task", counted)
     runtime = TransformersRuntime(predicts_runs=True)
     options = [{"batch_size": 2, "max_length": 8}, {"batch_size": 4, "max_length": 8}]
     small, large = (
@@ -765,7 +768,7 @@ def test_a_model_of_which_it_is_not_known_has_a_price_all_the_same(
     def fail(*_: object) -> int:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(activations, "predict_for_task", fail)
+    monkeypatch.setattr(activations, "model_for_task", fail)
     spec = ModelSpec(name="m", runtime="transformers", task="feature-extraction", folder=bert)
     price = TransformersRuntime(predicts_runs=True).price(spec)
     assert price.activation_bytes == 0

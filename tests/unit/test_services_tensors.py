@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modelyard.v1 import inference_service_pb2
 from modelyard.v1 import tensor_pb2 as pb
 from modelyard_server.runtimes.tensors import MAX_DIMENSION, DType, TensorError, TensorValue
-from modelyard_server.services.tensors import serialize_response, to_value
+from modelyard_server.services.tensors import (
+    item_spans,
+    parse_request,
+    serialize_batch,
+    serialize_response,
+    to_value,
+)
 
 FIXED = [dtype for dtype in DType if dtype.item_size]
 
@@ -209,3 +216,44 @@ def test_whatever_comes_is_refused_or_agrees_with_itself(
     except TensorError:
         return
     assert travelled(value) == value
+
+
+class TestBatches:
+    def test_items_are_found_among_fields_of_newer_clients(self) -> None:
+        items = [inference_service_pb2.PredictRequest(key=key) for key in ("a", "", "c" * 300)]
+        body = b"\x12\x01x"
+        for item in items:
+            body += (
+                inference_service_pb2.PredictBatchRequest(items=[item]).SerializeToString()
+                + b"\x18\x05"
+            )
+        found = [parse_request(body[begin:end]) for begin, end in item_spans(body)]
+        assert found == [(item, {}) for item in items]
+        assert list(inference_service_pb2.PredictBatchRequest.FromString(body).items) == items
+
+    @pytest.mark.parametrize("body", [b"\x0a", b"\x0a\x05ab", b"\x0a" + b"\xff" * 11, b"\x0b"])
+    def test_what_is_cut_short_is_no_batch(self, body: bytes) -> None:
+        with pytest.raises(DecodeError):
+            item_spans(body)
+
+    def test_results_are_what_protobuf_would_write(self) -> None:
+        value = TensorValue(name="y", dtype=DType.UINT8, shape=(200,), data=b"b" * 200)
+        reply = serialize_response([value], inference_service_pb2.Served(model="models/m"))
+        error = inference_service_pb2.PredictBatchError(code=5, message="no")
+        body = serialize_batch([reply, error, reply, b""])
+        wanted = inference_service_pb2.PredictBatchResponse(
+            results=[
+                inference_service_pb2.PredictBatchResult(
+                    response=inference_service_pb2.PredictResponse.FromString(reply)
+                ),
+                inference_service_pb2.PredictBatchResult(error=error),
+                inference_service_pb2.PredictBatchResult(
+                    response=inference_service_pb2.PredictResponse.FromString(reply)
+                ),
+                inference_service_pb2.PredictBatchResult(
+                    response=inference_service_pb2.PredictResponse()
+                ),
+            ]
+        )
+        assert inference_service_pb2.PredictBatchResponse.FromString(body) == wanted
+        assert serialize_batch([]) == b""

@@ -17,7 +17,7 @@ from modelyard_server.errors import (
     Resource,
     Violation,
 )
-from modelyard_server.services.status import DOMAIN, reply_of
+from modelyard_server.services.status import DOMAIN, item_error_of, reply_of
 from modelyard_server.transport.api import StatusReply
 
 CODES = {
@@ -43,6 +43,7 @@ CODES = {
     "CONFIG_OWNED": Code.FAILED_PRECONDITION,
     "CATALOG_UNAVAILABLE": Code.UNAVAILABLE,
     "WORKER_LOST": Code.UNAVAILABLE,
+    "ANSWER_TOO_LARGE": Code.RESOURCE_EXHAUSTED,
 }
 """The table of the design, and what the durable catalog added to it."""
 
@@ -161,6 +162,50 @@ def test_details_stay_within_what_clients_accept_as_trailers(refusal: Refusal) -
     assert details["ErrorInfo"].reason == refusal.reason.name
     if refusal.violations:
         assert details["BadRequest"].field_violations
+
+
+@pytest.mark.parametrize("retry_after_s", [None, 0.0, 0.25])
+@pytest.mark.parametrize("reason", list(Reason))
+def test_an_item_is_told_what_the_status_says(reason: Reason, retry_after_s: float | None) -> None:
+    refusal = Refusal(
+        reason,
+        "it is so",
+        metadata={"device": "d"},
+        violations=(Violation("inputs[0]", "odd"),),
+        quota=(QuotaViolation("devices/cpu", "full"),),
+        resource=Resource("key", "k"),
+        retry_after_s=retry_after_s,
+    )
+    reply, error = reply_of(refusal), item_error_of(refusal)
+    info = details_of(reply)["ErrorInfo"]
+    assert (error.code, error.message) == (reply.code, reply.text)
+    assert error_reason_pb2.ErrorReason.Name(error.reason) == f"ERROR_REASON_{info.reason}"
+    assert error.metadata == info.metadata
+    assert [(v.subject, v.description) for v in error.violations] == [
+        ("inputs[0]", "odd"),
+        ("devices/cpu", "full"),
+    ]
+    assert error.resource_name == "k"
+    assert error.HasField("retry_delay") == (retry_after_s is not None)
+    if retry_after_s is not None:
+        assert error.retry_delay == details_of(reply)["RetryInfo"].retry_delay
+
+
+def test_an_item_is_told_no_more_than_a_bounded_message_holds() -> None:
+    long = "é" * 5_000
+    error = item_error_of(
+        Refusal(
+            Reason.INVALID_FIELD,
+            long,
+            metadata={str(i): long for i in range(100)},
+            violations=tuple(Violation(f"{i} {long}", long) for i in range(1000)),
+            resource=Resource("key", long),
+            retry_after_s=1.0,
+        )
+    )
+    assert error.ByteSize() < MOST_DETAILS
+    assert error.metadata["retry_after_ms"] == "1000"
+    assert error.violations[-1].description.endswith("more")
 
 
 def test_a_usual_refusal_with_everything_is_small() -> None:

@@ -54,15 +54,15 @@ async def test_what_is_loaded_is_measured_and_what_is_unloaded_is_back(
 ) -> None:
     assert runtime.warm_ups == 1
     assert (await engine.price(spec_of(size=70))).peak_bytes == 70
-    assert await engine.load(1, spec_of("a", 100), Target.whole(0)) == {0: 100}
-    assert await engine.load(2, spec_of("b", 30), Target.whole(0)) == {0: 30}
-    assert await engine.load(3, spec_of("c", 5), Target.whole(1)) == {1: 5}
+    assert (await engine.load(1, spec_of("a", 100), Target.whole(0))).own_bytes == {0: 100}
+    assert (await engine.load(2, spec_of("b", 30), Target.whole(0))).own_bytes == {0: 30}
+    assert (await engine.load(3, spec_of("c", 5), Target.whole(1))).own_bytes == {1: 5}
     assert engine.memory(0).measured_bytes == 130
     assert engine.memory(1).measured_bytes == 5
-    assert await engine.unload(1) == {0: 100}
+    assert (await engine.unload(1)).freed == {0: 100}
     assert engine.memory(0).measured_bytes == 30
     assert engine.memory(0).peak_measured_bytes == 130
-    assert await engine.load(1, spec_of("a", 20), Target.whole(1)) == {1: 20}
+    assert (await engine.load(1, spec_of("a", 20), Target.whole(1))).own_bytes == {1: 20}
     assert engine.memory(0).peak_measured_bytes == 130
     assert engine.memory(1).peak_measured_bytes == 25
     assert runtime.places == [
@@ -78,7 +78,7 @@ async def test_an_unload_leaves_no_reference_behind(
         await engine.load(1, spec_of(), Target.whole(0))
         answer = Answer(engine, 1)
         assert await answer.get() == (INPUT,)
-        assert await engine.unload(1) == {0: 100}
+        assert (await engine.unload(1)).freed == {0: 100}
         assert runtime.witnesses[0]() is None
         assert runtime.loaded[0]() is None
     finally:
@@ -93,7 +93,7 @@ async def test_a_cycle_through_the_model_is_collected(
 
     runtime.on_load = tie
     await engine.load(1, spec_of(), Target.whole(0))
-    assert await engine.unload(1) == {0: 100}
+    assert (await engine.unload(1)).freed == {0: 100}
     assert engine.memory(0).measured_bytes == 0
 
 
@@ -102,7 +102,7 @@ async def test_a_model_that_is_kept_alive_is_no_memory_back_until_it_dies(
 ) -> None:
     await engine.load(1, spec_of(), Target.whole(0))
     kept = runtime.witnesses[0]()
-    assert await engine.unload(1) == {0: 0}
+    assert (await engine.unload(1)).freed == {0: 0}
     assert engine.memory(0).measured_bytes == 100
     assert await engine.recheck(1) == {}
     assert await engine.recheck(1) == {}
@@ -120,7 +120,7 @@ async def test_each_leak_of_a_model_comes_back_by_itself(
     for size in (100, 30):
         await engine.load(1, spec_of(size=size), Target.whole(0))
         kept.append(runtime.witnesses[-1]())
-        assert await engine.unload(1) == {0: 0}
+        assert (await engine.unload(1)).freed == {0: 0}
     kept[0] = None
     assert await engine.recheck(1) == {0: 100}
     assert engine.memory(0).measured_bytes == 30
@@ -149,7 +149,7 @@ async def test_a_load_that_fails_holds_nothing(
     finally:
         gc.enable()
     runtime.on_load = lambda weights, stop: None
-    assert await engine.load(1, spec_of(), Target.whole(0)) == {0: 100}
+    assert (await engine.load(1, spec_of(), Target.whole(0))).own_bytes == {0: 100}
 
 
 async def test_a_failed_load_holds_nothing_through_the_cause_of_its_error(
@@ -187,7 +187,7 @@ async def test_a_loader_that_raises_what_it_must_not_fails_its_load_and_nothing_
     outcome = task.result()
     assert isinstance(outcome, Exception), f"{outcome!r} would end the server"
     runtime.on_load = lambda weights, stop: None
-    assert await engine.load(2, spec_of(), Target.whole(0)) == {0: 100}
+    assert (await engine.load(2, spec_of(), Target.whole(0))).own_bytes == {0: 100}
 
 
 async def _outcome_of(work: Any) -> Any:
@@ -219,7 +219,7 @@ async def test_cancel_load_stops_a_load_that_asks(
         await load
     engine.cancel_load(1)
     runtime.on_load = lambda weights, stop: None
-    assert await engine.load(1, spec_of(), Target.whole(0)) == {0: 100}
+    assert (await engine.load(1, spec_of(), Target.whole(0))).own_bytes == {0: 100}
 
 
 async def test_cancel_load_reaches_a_load_that_waits_for_the_loader(
@@ -240,7 +240,7 @@ async def test_cancel_load_reaches_a_load_that_waits_for_the_loader(
     await asyncio.to_thread(began.wait, PATIENCE_S)
     engine.cancel_load(2)
     go_on.set()
-    assert await first == {0: 1}
+    assert (await first).own_bytes == {0: 1}
     with pytest.raises(LoadCancelled):
         await second
 
@@ -263,11 +263,11 @@ async def test_hits_run_while_a_load_is_stuck_on_the_same_device(
             assert await Answer(engine, 1).get() == (INPUT,)
         assert (await engine.price(spec_of())).peak_bytes == 100
         runtime.on_load = lambda weights, stop: None
-        assert await engine.load(3, spec_of("elsewhere"), Target.whole(1)) == {1: 100}
+        assert (await engine.load(3, spec_of("elsewhere"), Target.whole(1))).own_bytes == {1: 100}
         assert not load.done()
     finally:
         go_on.set()
-    assert await load == {0: 100}
+    assert (await load).own_bytes == {0: 100}
 
 
 async def test_an_unload_whose_close_raises_ends(engine: ThreadEngine, runtime: ToyRuntime) -> None:
@@ -278,7 +278,7 @@ async def test_an_unload_whose_close_raises_ends(engine: ThreadEngine, runtime: 
 
     runtime.kind = Stubborn
     await engine.load(1, spec_of(), Target.whole(0))
-    assert await engine.unload(1) == {0: 100}
+    assert (await engine.unload(1)).freed == {0: 100}
 
 
 # --- Running --------------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ async def test_an_error_that_somebody_keeps_keeps_no_model(
         assert isinstance(outcome, Exception)
         assert runtime.loaded[0]() is not None
         # Whoever is to be answered holds the error still; the model's memory must not wait for it.
-        assert await engine.unload(1) == {0: 100}
+        assert (await engine.unload(1)).freed == {0: 100}
         assert runtime.witnesses[0]() is None
         assert runtime.loaded[0]() is None
     finally:

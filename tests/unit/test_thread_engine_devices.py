@@ -63,10 +63,10 @@ def used(gpu: FakeGpu) -> list[int]:
 async def test_what_the_engine_measures_is_what_the_devices_count(
     engine: ThreadEngine, gpu: FakeGpu
 ) -> None:
-    assert await engine.load(1, spec_of(size=SIZES), SPLIT) == SIZES
+    assert (await engine.load(1, spec_of(size=SIZES), SPLIT)).own_bytes == SIZES
     assert used(gpu) == [6000, 4000]
     assert await Answer(engine, 1).get() == (INPUT,)
-    assert await engine.unload(1) == SIZES
+    assert (await engine.unload(1)).freed == SIZES
     assert used(gpu) == [0, 0]
 
 
@@ -84,8 +84,8 @@ async def test_a_device_that_is_full_leaves_nothing_of_the_load_on_the_others(
     assert gpu.peak_bytes(0) >= 6000, "the first part never came"
     assert [engine.memory(device).measured_bytes for device in range(2)] == [0, 0]
     gpu.set_budget(1, 4000)
-    assert await engine.load(1, spec_of(size=SIZES), SPLIT) == SIZES
-    assert await engine.unload(1) == SIZES
+    assert (await engine.load(1, spec_of(size=SIZES), SPLIT)).own_bytes == SIZES
+    assert (await engine.unload(1)).freed == SIZES
 
 
 async def test_bytes_that_are_said_to_be_back_are_back_and_those_kept_are_not(
@@ -94,7 +94,7 @@ async def test_bytes_that_are_said_to_be_back_are_back_and_those_kept_are_not(
     await engine.load(1, spec_of(size=SIZES), SPLIT)
     kept = runtime.witnesses[0]()
     assert kept is not None
-    assert await engine.unload(1) == {0: 0, 1: 4000}
+    assert (await engine.unload(1)).freed == {0: 0, 1: 4000}
     assert used(gpu) == [6000, 0]
     del kept
     assert await engine.recheck(1) == {0: 6000}

@@ -24,6 +24,7 @@ from tests.support.toy_engine import (
     toy_devices,
 )
 
+from modelyard_server.execution.engine import Loaded
 from modelyard_server.execution.thread_engine import ThreadEngine
 from modelyard_server.execution.transfer_pace import TransferPace
 from modelyard_server.runtimes.api import LoadCancelled, StopCheck
@@ -55,16 +56,16 @@ def measured(engine: ThreadEngine) -> list[int]:
 async def test_a_model_in_parts_is_measured_and_comes_back_on_each_of_its_devices(
     engine: ThreadEngine, runtime: ToyRuntime
 ) -> None:
-    assert await engine.load(1, spec_of(size=SIZES), SPLIT) == SIZES
-    assert await engine.load(2, spec_of(size={1: 7, 2: 500}), ON_DISK) == {1: 7, 2: 500}
+    assert (await engine.load(1, spec_of(size=SIZES), SPLIT)).own_bytes == SIZES
+    assert (await engine.load(2, spec_of(size={1: 7, 2: 500}), ON_DISK)).own_bytes == {1: 7, 2: 500}
     assert runtime.places == [
         Place(target=SPLIT, torch_devices={0: "cpu", 1: "cpu"}),
         Place(target=ON_DISK, torch_devices={1: "cpu", 2: DISK}),
     ]
     assert measured(engine) == [60, 47, 500]
-    assert await engine.unload(1) == SIZES
+    assert (await engine.unload(1)).freed == SIZES
     assert measured(engine) == [0, 7, 500]
-    assert await engine.unload(2) == {1: 7, 2: 500}
+    assert (await engine.unload(2)).freed == {1: 7, 2: 500}
     assert measured(engine) == [0, 0, 0]
     assert [engine.memory(device).peak_measured_bytes for device in range(3)] == [60, 47, 500]
 
@@ -108,13 +109,13 @@ async def test_a_loader_that_is_stuck_holds_up_no_model_that_has_only_parts_ther
         await asyncio.to_thread(began.wait, PATIENCE_S)
         runtime.on_load = lambda weights, stop: None
         async with asyncio.timeout(PATIENCE_S / 2):
-            assert await engine.load(2, spec_of(size=SIZES), SPLIT) == SIZES
+            assert (await engine.load(2, spec_of(size=SIZES), SPLIT)).own_bytes == SIZES
             assert await Answer(engine, 2).get() == (INPUT,)
-            assert await engine.unload(2) == SIZES
+            assert (await engine.unload(2)).freed == SIZES
         assert not stuck.done()
     finally:
         go_on.set()
-    assert await stuck == {1: 100}
+    assert (await stuck).own_bytes == {1: 100}
 
 
 async def test_the_disk_has_no_threads_and_is_nobodys_home(
@@ -128,7 +129,7 @@ async def test_the_disk_has_no_threads_and_is_nobodys_home(
             await engine.load(1, spec_of(), Target.whole(home))
     assert not runtime.places
     # Nothing of it was left behind.
-    assert await engine.load(1, spec_of(), Target.whole(0)) == {0: 100}
+    assert (await engine.load(1, spec_of(), Target.whole(0))).own_bytes == {0: 100}
 
 
 async def test_bytes_on_devices_that_were_not_given_fail_the_load_and_are_dropped(
@@ -196,7 +197,7 @@ async def test_out_of_memory_in_the_middle_of_a_load_drops_the_parts_that_came(
     assert measured(engine) == [0, 0, 0]
     assert engine.memory(0).peak_measured_bytes == 0
     runtime.on_load = lambda weights, stop: None
-    assert await engine.load(1, spec_of(size=SIZES), SPLIT) == SIZES
+    assert (await engine.load(1, spec_of(size=SIZES), SPLIT)).own_bytes == SIZES
 
 
 # --- Memory that does not come back ---------------------------------------------------------------
@@ -208,7 +209,7 @@ async def test_a_leak_on_one_device_does_not_hold_the_others_bytes(
     await engine.load(1, spec_of(size=SIZES), SPLIT)
     kept = runtime.witnesses[1]()
     assert kept is not None
-    assert await engine.unload(1) == {0: 60, 1: 0}
+    assert (await engine.unload(1)).freed == {0: 60, 1: 0}
     assert measured(engine) == [0, 40, 0]
     assert await engine.recheck(1) == {}
     del kept
@@ -225,7 +226,7 @@ async def test_leaks_come_back_device_by_device(engine: ThreadEngine, runtime: T
         await engine.load(1, spec_of(size=sizes), target)
         for device, witness in enumerate(runtime.witnesses[-3:]):
             kept[device].append(witness())
-        assert await engine.unload(1) == {0: 0, 1: 0, 2: 0}
+        assert (await engine.unload(1)).freed == {0: 0, 1: 0, 2: 0}
     assert measured(engine) == [11, 22, 33]
     # What lies on the disk comes back like everything else, though it has no loader.
     kept[2].clear()
@@ -257,11 +258,11 @@ async def test_garbage_is_collected_only_if_a_part_is_still_held(
     gc.disable()
     try:
         await engine.load(1, spec_of(size=SIZES), SPLIT)
-        assert await engine.unload(1) == SIZES
+        assert (await engine.unload(1)).freed == SIZES
         assert collections == []
         runtime.on_load = tie
         await engine.load(1, spec_of(size=SIZES), SPLIT)
-        assert await engine.unload(1) == SIZES
+        assert (await engine.unload(1)).freed == SIZES
         assert collections == ["all"]
     finally:
         gc.enable()
@@ -328,7 +329,7 @@ async def paced(runtime: ToyRuntime, link: Link) -> AsyncIterator[ThreadEngine]:
         yield made
 
 
-async def begin(engine: ThreadEngine, link: Link) -> asyncio.Task[Mapping[int, int]]:
+async def begin(engine: ThreadEngine, link: Link) -> asyncio.Task[Loaded]:
     load = asyncio.create_task(engine.load(1, spec_of(size=SIZES), SPLIT))
     await asyncio.to_thread(link.is_waited_for.wait, PATIENCE_S)
     return load
@@ -342,10 +343,13 @@ async def test_a_load_ends_when_its_slowest_link_has_brought_its_bytes(
         await asyncio.sleep(0)
     assert not load.done()
     link.passes.set()
-    assert await load == SIZES
+    assert (await load).own_bytes == SIZES
     assert link.waits == [4.0]
     # Where there is no limit nothing waits.
-    assert await paced.load(2, spec_of(size={1: 0, 2: 10**9}), ON_DISK) == {1: 0, 2: 10**9}
+    assert (await paced.load(2, spec_of(size={1: 0, 2: 10**9}), ON_DISK)).own_bytes == {
+        1: 0,
+        2: 10**9,
+    }
     assert link.waits == [4.0]
 
 
@@ -364,7 +368,7 @@ async def test_cancel_load_reaches_a_load_that_is_held_up_and_drops_it(
         gc.enable()
     assert measured(paced) == [0, 0, 0]
     link.passes.set()
-    assert await paced.load(1, spec_of(size=SIZES), SPLIT) == SIZES
+    assert (await paced.load(1, spec_of(size=SIZES), SPLIT)).own_bytes == SIZES
 
 
 @pytest.mark.parametrize("is_kept", [False, True])

@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from modelyard_server.errors import Code, Reason, Refusal, Violation
-from modelyard_server.services.handler import identity_of, unary
+from modelyard_server.services.handler import unary
 from modelyard_server.services.status import defect_reply, reply_of
 from modelyard_server.transport.aio import AioTransport, PortInUse
 from modelyard_server.transport.api import Call, Handler, StatusReply
@@ -322,7 +322,40 @@ async def test_calls_that_run_are_answered_within_the_grace() -> None:
 def test_an_identity_is_what_the_metadata_says(
     metadata: list[tuple[str, str | bytes]] | None, identity: str
 ) -> None:
-    assert identity_of(Call(b"", lambda: metadata, None)) == identity
+    call = Call(b"", lambda: metadata, None, lambda: "ipv4:10.0.0.1:40000")
+    assert call.identity() == identity
+    assert call.client() == (f"identity:{identity}" if identity else "ipv4:10.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("peer", "client"),
+    [
+        ("ipv4:10.0.0.1:40000", "ipv4:10.0.0.1"),
+        ("ipv6:%5B::1%5D:40000", "ipv6:%5B::1%5D"),
+        ("ipv6:[::1]:40000", "ipv6:[::1]"),
+        ("unix:", "unix:"),
+        ("unix:/run/yard", "unix:/run/yard"),
+        ("", ""),
+    ],
+)
+def test_a_caller_that_does_not_say_who_it_is_goes_by_its_host(peer: str, client: str) -> None:
+    assert Call(b"", lambda: None, None, lambda: peer).client() == client
+    # It cannot take another's place by saying that it is it.
+    claimed = Call(b"", lambda: [("x-modelyard-identity", client)], None, lambda: "ipv4:1.1.1.1:1")
+    assert claimed.client() != client or not client
+
+
+async def test_a_handler_can_ask_where_a_call_came_from() -> None:
+    seen: list[str] = []
+
+    async def handler(call: Call) -> bytes:
+        seen.append(call.client())
+        return b""
+
+    async with serving(Ask=handler) as server:
+        await server.call("Ask")
+        await server.call("Ask", metadata=(("x-modelyard-identity", "ann"),))
+    assert seen == ["ipv4:127.0.0.1", "identity:ann"]
 
 
 async def test_a_method_that_acts_does_so_in_the_name_of_who_called() -> None:

@@ -181,6 +181,34 @@ def test_the_board_shows_what_each_thread_runs() -> None:
     assert maps_of_segments() == maps
 
 
+def test_the_board_shows_every_call_of_a_batch_and_gives_the_room_back() -> None:
+    board = Board()
+    writer = BoardWriter(os.dup(board.file.fileno()))
+    before = writer.begin(1)
+    # More often than there is room for without giving it back.
+    for _ in range(10):
+        batch = writer.begin_batch(range(100, 1100))
+        assert board.running() == frozenset(range(100, 1100))
+        writer.end_batch(batch)
+        assert board.running() == {1}
+    writer.end_batch(writer.begin_batch([5]))
+    writer.end(before)
+    assert board.running() == frozenset()
+    board.close()
+
+
+def test_a_batch_that_the_board_has_no_room_for_is_shown_in_part() -> None:
+    board = Board()
+    writer = BoardWriter(os.dup(board.file.fileno()))
+    batch = writer.begin_batch(range(1, 5001))
+    shown = board.running()
+    assert 1000 < len(shown) < 5000
+    assert shown == frozenset(range(1, len(shown) + 1))
+    writer.end_batch(batch)
+    assert board.running() == frozenset()
+    board.close()
+
+
 def _write(board: Board, writer: BoardWriter) -> None:
     outer = writer.begin(7)
     inner = writer.begin(2**63)

@@ -12,7 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelyard_server.execution.engine import DeviceMemory, EngineDevice, ModelFailed
+from modelyard_server.execution.engine import (
+    DeviceMemory,
+    EngineDevice,
+    Loaded,
+    ModelFailed,
+    Unloaded,
+)
 from modelyard_server.execution.workers.framing import MalformedMessage
 from modelyard_server.execution.workers.payload import (
     RemoteError,
@@ -23,20 +29,25 @@ from modelyard_server.execution.workers.payload import (
 from modelyard_server.execution.workers.records import (
     decode_bytes,
     decode_device,
+    decode_loaded,
     decode_memory,
     decode_price,
     decode_spec,
     decode_target,
+    decode_unloaded,
     encode_bytes,
     encode_device,
+    encode_loaded,
     encode_memory,
     encode_price,
     encode_spec,
     encode_target,
+    encode_unloaded,
     plain,
 )
 from modelyard_server.runtimes.api import (
     LoadCancelled,
+    LoadSource,
     ModelFilesError,
     ModelSpec,
     OptionError,
@@ -44,6 +55,7 @@ from modelyard_server.runtimes.api import (
 )
 from modelyard_server.runtimes.targets import Structure, Target, TensorPart
 from modelyard_server.runtimes.tensors import TensorError
+from modelyard_server.weights.activation_model import RunEstimate
 
 
 def across(value: Any) -> Any:
@@ -78,6 +90,7 @@ def test_prices_cross() -> None:
         ),
         shared={"ab" * 32: 5},
         activation_bytes=9,
+        runs=RunEstimate(key="k", largest_batch=8, largest_length=64),
     )
     assert decode_price(across(encode_price(full))) == full
     bare = Price(resting_bytes=0, peak_bytes=0)
@@ -96,16 +109,31 @@ def test_targets_devices_and_sizes_cross() -> None:
     assert decode_memory(across(encode_memory(memory)), 1) == memory
 
 
+def test_what_became_of_loads_and_unloads_crosses() -> None:
+    for source in LoadSource:
+        loaded = Loaded(own_bytes={1: 5, 0: 0}, source=source)
+        assert decode_loaded(across(encode_loaded(loaded)), 2) == loaded
+    for unloaded in (
+        Unloaded(freed={1: 5, 0: 0}),
+        Unloaded(freed={}, kept_bytes=0, keep_s=0.25),
+        Unloaded(freed={0: 2**60}, kept_bytes=2**60, keep_s=1e9),
+        Unloaded(freed={0: 7}, refused_bytes=2**60),
+    ):
+        assert decode_unloaded(across(encode_unloaded(unloaded)), 2) == unloaded
+
+
 @pytest.mark.parametrize(
     ("kind", "crossing"),
     [
         (ModelSpec, {"name", "runtime", "task", "folder", "root", "options"}),
-        (Price, {"resting_bytes", "peak_bytes", "structure", "shared", "activation_bytes"}),
+        (Price, {"resting_bytes", "peak_bytes", "structure", "shared", "activation_bytes", "runs"}),
         (Structure, {"tensors", "blocks", "units"}),
         (TensorPart, {"names", "size_bytes", "is_buffer", "as_filed"}),
         (Target, {"home", "parts"}),
         (EngineDevice, {"name", "torch_device", "threads", "transfer_bytes_per_s", "group"}),
         (DeviceMemory, {"measured_bytes", "peak_measured_bytes"}),
+        (Loaded, {"own_bytes", "source"}),
+        (Unloaded, {"freed", "kept_bytes", "keep_s", "refused_bytes"}),
     ],
 )
 def test_no_field_is_left_behind(kind: Any, crossing: set[str]) -> None:

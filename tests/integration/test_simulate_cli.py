@@ -1,0 +1,176 @@
+"""`modelyard simulate`: what it prints, its pictures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from modelyard_server import _core
+from modelyard_server.cli.main import app
+from modelyard_server.simulation.families import family_trace
+from modelyard_server.simulation.machine import Machine
+from modelyard_server.simulation.serial_replay import replay_serially
+
+SMALL = ("zipf:0.9", "--requests", "600", "--model-count", "20", "--budget", "0.4")
+CSV = "time,model,execution_s,size_bytes,load_s\n0,a,1,5,1\n1,b,1,5,2\n2,a,1,,\n"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["simulate", *arguments], env={"NO_COLOR": "1"})
+
+
+def told(*arguments: str) -> Any:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_it_tells_what_the_replay_found() -> None:
+    pytest.importorskip("highspy")
+    found = told(*SMALL)
+    trace = family_trace("zipf:0.9", requests=600, models=20)
+    budget = int(0.4 * trace.footprint_bytes())
+    assert found["budgets"] == [pytest.approx(budget, abs=1)]
+    assert [each["policy"] for each in found["policies"]] == [_core.POLICIES[0], "lru"]
+    for each in found["policies"]:
+        outcome = replay_serially(trace, Machine(budgets=tuple(found["budgets"])), each["policy"])
+        assert each["load_s"] == pytest.approx(outcome.load_s)
+        assert each["evictions"] == outcome.evictions
+        assert each["ratio_to_bound"] == pytest.approx(outcome.load_s / found["offline_bound_s"])
+    assert found["offline_bound_s"] <= found["best_offline_s"]
+    assert "wait_s" not in found["policies"][0]
+
+
+def test_the_table_has_every_policy_the_bound_and_the_schedule() -> None:
+    pytest.importorskip("highspy")
+    result = run(*SMALL, "--policy", "all")
+    assert result.exit_code == 0, result.output
+    for word in (*_core.POLICIES, "bound", "offline", "evicted: idle models only"):
+        assert word in result.stdout
+    assert result.stdout.startswith("zipf:0.9: 600 requests for 20 models of ")
+    assert result.stderr == ""
+
+
+def test_timed_it_tells_waits_and_reference_schedulers() -> None:
+    found = told(*SMALL, "--timed", "--slots", "2", "--no-bound")
+    names = [each["policy"] for each in found["policies"]]
+    assert names == [_core.POLICIES[0], "lru", "fifo+lru", "fcfs+lru"]
+    for each in found["policies"]:
+        waits = each["wait_s"]
+        assert 0 <= waits["p50"] <= waits["p90"] <= waits["p99"] <= waits["max"]
+        assert each["served_count"] == 600
+    assert found["offline_bound_s"] is None
+    refused = told(*SMALL, "--timed", "--no-bound", "--deadline", "2")["policies"][0]
+    assert set(refused["refused"]) <= {"DEADLINE_IN_LOAD", "DEADLINE_IN_QUEUE"}
+    assert sum(refused["refused"].values()) + refused["served_count"] == 600
+
+
+def test_what_if_shows_the_difference() -> None:
+    found = told(*SMALL, "--no-bound", "--what-if", "+1TB", "--what-if", "-1MB")
+    more, less = found["what_ifs"]
+    assert more["what_if"] == "+1TB"
+    assert more["budgets"][0] == found["budgets"][0] + 10**12
+    assert more["policies"][0]["load_s"] == pytest.approx(found["compulsory_load_s"])
+    assert less["budgets"][0] == found["budgets"][0] - 10**6
+    text = run(*SMALL, "--no-bound", "--what-if", "+1TB").stdout
+    change = more["policies"][0]["load_s"] - found["policies"][0]["load_s"]
+    assert f"{change:+.0f}s" in text
+
+
+def test_a_file_and_devices_of_a_server(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text(CSV)
+    config = tmp_path / "server.toml"
+    config.write_text('[yard]\npolicy = "lru"\n[[devices]]\ndevice = "cpu"\nbudget = "9B"\n')
+    found = told(str(trace), "--devices", str(config), "--no-bound")
+    assert (found["budgets"], found["devices"]) == ([9], ["cpu"])
+    assert [each["policy"] for each in found["policies"]] == ["lru"]
+    assert found["policies"][0]["load_s"] == 4.0
+    assert told(str(trace), "--budget", "10B", "--no-bound")["policies"][0]["load_s"] == 3.0
+    assert told(str(trace), "--budget", "10B", "--requests", "1")["request_count"] == 1
+
+
+def test_a_picture_is_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, more in (("serial.png", ["--what-if", "+8GB"]), ("timed.png", ["--timed"])):
+        picture = tmp_path / name
+        result = run(*SMALL, "--no-bound", "--plot", str(picture), *more)
+        assert result.exit_code == 0, result.output
+        content = picture.read_bytes()
+        assert content.startswith(PNG)
+        # An empty picture of this size is far smaller.
+        assert len(content) > 20_000
+
+
+def test_a_host_tier_is_used_and_has_no_bound() -> None:
+    found = told(*SMALL, "--host-budget", "1TB")
+    assert found["policies"][0]["host_load_count"] > 0
+    assert found["offline_bound_s"] is None
+    assert "host tier" in found["bound_note"]
+
+
+def test_without_the_solver_there_is_everything_but_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    result = run(*SMALL)
+    assert result.exit_code == 0
+    assert "pip install 'modelyard[simulate]'" in result.stderr
+    assert "offline: the best schedule found" in result.stdout
+    assert "bound: no schedule" not in result.stdout
+
+
+def test_without_matplotlib_a_picture_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("nowhere.csv", "--plot", str(tmp_path / "p.png"))
+    assert result.exit_code == 2
+    assert "a picture needs the package matplotlib" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["nonsense"], "'nonsense' is neither a .csv, .npz or .jsonl file nor a made-up trace"),
+        (["none.csv"], "none.csv: No such file"),
+        (["t.csv", "--budget", "4B"], "t.csv:2: model 'a' of 5B is larger than the largest"),
+        (["t.csv", "--budget", "5B", "--what-if", "-1B"], "t.csv:2: model 'a' of 5B is larger"),
+        (["t.csv", "--budget", "0"], "as a share of all models is above 0"),
+        (["t.csv", "--what-if", "8GB"], "write for example '+8GB'"),
+        (["t.csv", "--policy", "arc"], f"no policy 'arc'; there are {', '.join(_core.POLICIES)}"),
+        (["t.csv", "--model-count", "9"], "--model-count is for made-up traces"),
+        (["zipf", "--models", "t.csv"], "--models is for .csv traces"),
+        (["zipf:7"], "'zipf:7': the number behind the colon is 0 to 3"),
+        (["zipf", "--devices", "nine.toml", "--budget", "1GB"], "give one of them"),
+        (["zipf", "--devices", "d.toml"], "d.toml"),
+        (["zipf", "--devices", "half.toml"], "the budget of cpu is 50%"),
+        (["zipf", "--host-budget", "8"], "has no unit"),
+        (["zipf", "--deadline", "-1"], "deadline_s is above 0"),
+        (["zipf", "--plot", "p.gif"], "p.gif: the picture is a PNG"),
+        (["zipf", "--plot", "none/p.png"], "there is no folder 'none' for it"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    error: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_text(CSV)
+    Path("nine.toml").write_text('[[devices]]\ndevice = "cpu"\nbudget = "9GB"\n')
+    Path("half.toml").write_text('[[devices]]\ndevice = "cpu"\nbudget = "50%"\n')
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert error in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert str(tmp_path) not in result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,105 @@
+"""Traces for tests of the simulator."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelyard_server.simulation.trace import Table, Trace, make_trace
+from modelyard_server.simulation.trace_files import read_trace
+
+__all__ = [
+    "SHARED",
+    "least_load_s",
+    "lru_load_s",
+    "shared_bounds",
+    "shared_trace",
+    "small_trace",
+]
+
+SHARED = Path(__file__).parents[3] / "shared" / "traces"
+
+
+def small_trace(
+    wanted: Sequence[int],
+    *,
+    sizes: Sequence[int],
+    loads: Sequence[float] | None = None,
+    host_loads: Sequence[float] | None = None,
+    arrivals: Sequence[float] | None = None,
+    runs: Sequence[float] | None = None,
+) -> Trace:
+    """A trace by hand; loads take a second, requests come a second apart and run for none."""
+
+    def locate(table: Table, index: int) -> str:
+        return f"small:{table}:{index}"
+
+    count = len(sizes)
+    load_s = list(loads or [1.0] * count)
+    return make_trace(
+        "small",
+        names=[f"m{i}" for i in range(count)],
+        size_bytes=sizes,
+        load_s=load_s,
+        host_load_s=list(host_loads or load_s),
+        arrival_s=list(arrivals or map(float, range(len(wanted)))),
+        model=list(wanted),
+        run_s=list(runs or [0.0] * len(wanted)),
+        locate=locate,
+    )
+
+
+def lru_load_s(trace: Trace, budget: int) -> float:
+    """Seconds of loading by LRU, worked out without the core."""
+    held: OrderedDict[int, int] = OrderedDict()
+    load_s = 0.0
+    for model in trace.model.tolist():
+        if model in held:
+            held.move_to_end(model)
+            continue
+        facts = trace.models[model]
+        load_s += facts.load_s
+        while sum(held.values()) + facts.size_bytes > budget:
+            held.popitem(last=False)
+        held[model] = facts.size_bytes
+    return load_s
+
+
+def least_load_s(trace: Trace, budget: int) -> float:
+    """Least seconds of loading of any schedule, by trying all; for short traces of few models."""
+    best: dict[frozenset[int], float] = {frozenset(): 0.0}
+    for model in trace.model.tolist():
+        facts = trace.models[model]
+        after: dict[frozenset[int], float] = {}
+        for held, spent in best.items():
+            price = spent if model in held else spent + facts.load_s
+            others = held - {model}
+            for count in range(len(others) + 1):
+                for kept in itertools.combinations(sorted(others), count):
+                    total = facts.size_bytes + sum(trace.models[m].size_bytes for m in kept)
+                    if total <= budget:
+                        now = frozenset((model, *kept))
+                        after[now] = min(price, after.get(now, float("inf")))
+        best = after
+    return min(best.values())
+
+
+def shared_bounds() -> list[dict[str, Any]]:
+    """What is known of the shared traces; skips the test if they are not there."""
+    path = SHARED / "bounds.json"
+    if not path.is_file():
+        pytest.skip("the shared traces are not there: shared/traces beside this repository")
+    known: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return known
+
+
+def shared_trace(known: dict[str, Any]) -> tuple[Trace, int]:
+    """The trace of an entry of ``shared_bounds``, and its budget in bytes."""
+    trace = read_trace(SHARED / f"{known['trace']}.npz").first(known["requests"])
+    return trace, int(known["budget_share"] * trace.footprint_bytes())
