@@ -237,7 +237,8 @@ class Neighbours:
 
         Args:
             deaths: how often the worker of NEAR has died. Once a death NEAR may be told that it was
-                running in that very moment; whatever waited is answered.
+                running in that very moment, or, if the client's own retries were over before there
+                was another worker, to come again. What waits for the model is answered.
         """
         assert self.errors[FAR] == []
         assert len(self.errors[NEAR]) <= deaths
