@@ -42,6 +42,7 @@ void register_actions(py::module_& module) {
       .value("LOAD_FAILED", RefuseReason::kLoadFailed)
       .value("DEADLINE_IN_QUEUE", RefuseReason::kDeadlineInQueue)
       .value("DEADLINE_IN_LOAD", RefuseReason::kDeadlineInLoad)
+      .value("DEADLINE_UNREACHABLE", RefuseReason::kDeadlineUnreachable)
       .value("REMOVED", RefuseReason::kRemoved)
       .finalize();
   py::class_<Refuse>(module, "Refuse", "The ticket will not be granted.")
@@ -63,7 +64,9 @@ void register_actions(py::module_& module) {
             return holders;
           })
       .def_property_readonly("retry_after_ns",
-                             [](const Refuse& a) { return a.retry_after.count(); });
+                             [](const Refuse& a) { return a.retry_after.count(); })
+      .def_property_readonly("needs_ns", [](const Refuse& a) { return a.needs.count(); })
+      .def_property_readonly("left_ns", [](const Refuse& a) { return a.left.count(); });
   py::class_<WakeAt>(module, "WakeAt", "Call tick at this time.")
       .def_property_readonly("at_ns",
                              [](const WakeAt& a) { return a.at.time_since_epoch().count(); });

@@ -171,6 +171,7 @@ void register_types(py::module_& module) {
                              [](const Entry& e) { return e.retry_at.time_since_epoch().count(); })
       .def_readonly("reload_seconds", &Entry::reload_seconds)
       .def_property_readonly("copy_state", [](const Entry& e) { return e.copy.state; })
+      .def_property_readonly("copy_in_use", [](const Entry& e) { return e.copy.in_use; })
       .def_property_readonly("copy_seconds", [](const Entry& e) { return e.times.from_copy(); })
       .def_readonly("load_count", &Entry::load_count)
       .def_readonly("eviction_count", &Entry::eviction_count);

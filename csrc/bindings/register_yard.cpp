@@ -107,6 +107,12 @@ py::dict to_python(const Explanation& e) {
   record["bytes"] = e.bytes.value;
   record["shared_bytes"] = e.shared_bytes.value;
   record["waited_ns"] = e.waited.count();
+  record["idle_ns"] = e.idle.count();
+  record["stayed_ns"] = e.stayed.count();
+  record["expected_s"] = e.expected_seconds;
+  record["rule"] = py::str(e.rule.data(), e.rule.size());
+  record["waiting_count"] = e.waiting_count;
+  record["waited_sum_ns"] = e.waited_sum.count();
   return record;
 }
 
@@ -239,12 +245,14 @@ void register_yard(py::module_& module) {
           py::arg("device"), py::arg("closed"), py::arg("now_ns"))
       .def(
           "try_acquire",
-          [](Yard& yard, std::int64_t model, std::int64_t now) {
+          [](Yard& yard, std::int64_t model, std::int64_t now, std::int64_t deadline) {
             const std::optional<LeaseId> lease =
-                unwrap(yard.try_acquire(model_id(model), to_tick(now)));
+                unwrap(yard.try_acquire(model_id(model), to_tick(now), to_tick(deadline)));
             return lease ? to_integer(*lease) : std::int64_t{0};
           },
-          "A lease, or 0 if the model is not resident.", py::arg("model"), py::arg("now_ns"))
+          "A lease, or 0 if the model is not resident or would answer after the deadline.",
+          py::arg("model"), py::arg("now_ns"),
+          py::arg("deadline_ns") = kNever.time_since_epoch().count())
       .def(
           "request",
           [](Yard& yard, std::int64_t model, std::int64_t now, std::int64_t deadline) {
@@ -316,6 +324,14 @@ void register_yard(py::module_& module) {
             });
           },
           py::arg("model"), py::arg("now_ns"), py::arg("freed"))
+      .def(
+          "copy_in_use",
+          [](Yard& yard, std::int64_t model, std::int64_t now) {
+            return actions_of(
+                [&](Actions& out) { return yard.copy_in_use(model_id(model), to_tick(now), out); });
+          },
+          "Somebody is still in the memory of a copy that is being dropped.", py::arg("model"),
+          py::arg("now_ns"))
       .def(
           "copy_lost",
           [](Yard& yard, std::int64_t model, std::int64_t now) {
@@ -491,7 +507,34 @@ void register_yard(py::module_& module) {
             return py::make_tuple(seconds->own, seconds->lru);
           },
           "Seconds of loading that the policy's own rule would have cost, and those of LRU; None "
-          "if it runs no shadow caches.")
+          "if it goes by no shadow caches.")
+      .def_property_readonly(
+          "lru_seconds", [](const Yard& yard) { return yard.lru_bill().seconds(); },
+          "Seconds that a cache of the same budgets that evicts by LRU would have spent on loading "
+          "for the same requests; to be compared with Counters.load_seconds.")
+      .def_property_readonly(
+          "departure_counts",
+          [](const Yard& yard) {
+            py::dict counts;
+            for (std::size_t i = 0; i < kWhyCount; ++i) {
+              const auto why = static_cast<Why>(i);
+              const std::uint64_t count = yard.departures().count(why);
+              if (count > 0) counts[py::str(std::string(to_string(why)))] = count;
+            }
+            return counts;
+          },
+          "Models that were told to leave, by why; without zeros.")
+      .def_property_readonly(
+          "victim_ages",
+          [](const Yard& yard) {
+            py::list ages;
+            for (const Age& age : yard.departures().ages()) {
+              ages.append(py::make_tuple(age.idle.count(), age.stayed.count()));
+            }
+            return ages;
+          },
+          "Of the last 256 models that were chosen to leave, in no order: nanoseconds since it was "
+          "last asked for, and since it was loaded.")
       .def_property_readonly("model_count", &Yard::model_count)
       .def_property_readonly("share_count", &Yard::share_count)
       .def_property_readonly("device_count", &Yard::device_count)

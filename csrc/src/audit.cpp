@@ -33,14 +33,14 @@ std::optional<Holding> holding_of(State state) {
   }
 }
 
-std::optional<Holding> holding_of(CopyState state) {
-  switch (state) {
+std::optional<Holding> holding_of(const Copy& copy) {
+  switch (copy.state) {
     case CopyState::kMaking:
       return Holding::kLoading;
     case CopyState::kKept:
       return Holding::kResident;
     case CopyState::kDropping:
-      return Holding::kUnloading;
+      return copy.in_use ? Holding::kDraining : Holding::kUnloading;
     default:
       return std::nullopt;
   }
@@ -50,7 +50,10 @@ std::optional<Holding> holding_of(CopyState state) {
 Status add_copy(const Entry& entry, DeviceIndex tier, std::vector<Sums>& sums,
                 std::map<ShareId, Share>& shares, const std::string& who) {
   const Copy& copy = entry.copy;
-  const std::optional<Holding> holding = holding_of(copy.state);
+  const std::optional<Holding> holding = holding_of(copy);
+  if (copy.in_use && copy.state != CopyState::kDropping) {
+    return violated("I10: a copy is in use that is not being dropped: " + who);
+  }
   if (!holding) {
     if (!copy.held.empty() || !copy.shares.empty()) {
       return violated("I10: there is no copy, and it holds bytes: " + who);
@@ -68,7 +71,10 @@ Status add_copy(const Entry& entry, DeviceIndex tier, std::vector<Sums>& sums,
     case Holding::kResident:
       sum.resident += own;
       break;
-    default:
+    case Holding::kDraining:
+      sum.draining += own;
+      break;
+    case Holding::kUnloading:
       sum.draining += own;
       sum.unloading += own;
       break;
@@ -90,6 +96,7 @@ bool holds_bytes(State state) {
 Status Yard::audit() const {
   std::vector<Sums> sums(ledger_.device_count());
   std::vector<std::uint32_t> leases(entries_.slot_count());
+  std::vector<std::uint32_t> given(device_count());  // To each device.
   std::vector<std::uint32_t> waiting(entries_.slot_count());
   std::map<ShareId, Share> shares;  // As they should be.
 
@@ -100,6 +107,13 @@ Status Yard::audit() const {
       return violated("I3: a lease names no model");
     }
     ++leases[lease->entry];
+    const DeviceIndex home = entries_.at(lease->entry)->home;
+    if (home != kNoDevice) ++given[position(home)];
+  }
+  for (std::size_t i = 0; i < given.size(); ++i) {
+    if (paces_[i].given() != given[i]) {
+      return violated("I3: leases on device " + std::to_string(i));
+    }
   }
   std::size_t timed = 0;
   for (std::uint32_t i = 0; i < tickets_.slot_count(); ++i) {

@@ -52,6 +52,8 @@ std::string_view to_string(RefuseReason reason) {
       return "LOAD_FAILED";
     case RefuseReason::kDeadlineInQueue:
       return "DEADLINE_IN_QUEUE";
+    case RefuseReason::kDeadlineUnreachable:
+      return "DEADLINE_UNREACHABLE";
     case RefuseReason::kDeadlineInLoad:
       return "DEADLINE_IN_LOAD";
     case RefuseReason::kRemoved:

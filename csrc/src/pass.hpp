@@ -9,19 +9,50 @@
 namespace modelyard {
 
 /// What one scheduling pass has left for the models it has not looked at yet. A pass looks at the
-/// waiting models in the order of their oldest ticket and takes from here what each of them gets or
-/// keeps, so that nothing is promised twice and no younger model takes what an older one waits for.
+/// waiting models in the order of their turns and takes from here what each of them gets or keeps,
+/// so that nothing is promised twice and no model takes what one before it waits for.
 /// Made anew for every pass: there is no state to leak.
 struct Yard::Pass {
   Room room;
   std::array<std::uint32_t, kMaxDevices> channels{};
+  // A free channel that is kept for a model which has to wait for another one until then.
+  std::array<Tick, kMaxDevices> kept_from;
   std::vector<Resident> idle;
   bool idle_known{false};
+  std::vector<double> demands;  // Of each device; known with idle, where there are several.
 
+  Pass() { kept_from.fill(kNever); }
+
+  // True if a channel is free on all devices that a load touches, kept or not.
   [[nodiscard]] bool has_channels(const Charge& need) const {
     bool all = true;
     need.for_each([&](DeviceIndex d, Bytes) { all = all && channels[position(d)] > 0; });
     return all;
+  }
+
+  [[nodiscard]] double demand_on(DeviceIndex device) const {
+    return device == kNoDevice || demands.empty() ? 0 : demands[position(device)];
+  }
+
+  // True if one is free on some device that it touches.
+  [[nodiscard]] bool has_a_channel(const Charge& need) const {
+    bool any = false;
+    need.for_each([&](DeviceIndex d, Bytes) { any = any || channels[position(d)] > 0; });
+    return any;
+  }
+
+  // True if a load that takes so long may begin on all devices that it touches.
+  [[nodiscard]] bool has_channels(const Charge& need, Tick now, Duration takes) const {
+    bool in_time = has_channels(need);
+    need.for_each([&](DeviceIndex d, Bytes) {
+      const Tick from = kept_from[position(d)];
+      in_time = in_time && (from == kNever || saturating_add(now, takes) <= from);
+    });
+    return in_time;
+  }
+
+  [[nodiscard]] bool has_any_channel() const {
+    return std::any_of(channels.begin(), channels.end(), [](std::uint32_t n) { return n > 0; });
   }
 
   // What a load needs of a device, given what older models keep: a share of models that drain is
@@ -98,6 +129,18 @@ struct Yard::Pass {
   // it can, since they may use it in the meantime.
   void claim_later(const Charge& need) {
     take(need, {&room.unloading, &room.available, &room.leaving});
+  }
+
+  // Keeps the free ones of the channels that a load needs, from when the others are free too.
+  void keep_channels(const Charge& need, Tick from) {
+    need.for_each([&](DeviceIndex d, Bytes) {
+      const std::size_t i = position(d);
+      if (channels[i] > 1) {
+        --channels[i];
+      } else {
+        kept_from[i] = std::min(kept_from[i], from);
+      }
+    });
   }
 
   void claim_channels(const Charge& need) {

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <optional>
 
 #include "modelyard/yard.hpp"
@@ -23,6 +25,131 @@ Tick Yard::overdue_at(const Entry& entry) const {
   return saturating_add(oldest.arrival, patience);
 }
 
+Tick Yard::impatient_at(const Entry& entry) const {
+  const Duration patience =
+      std::max(from_seconds(kImpatientLoads * entry.reload_seconds), kLeastImpatience);
+  return std::min(saturating_add(tickets_.find(entry.oldest)->arrival, patience),
+                  overdue_at(entry));
+}
+
+double Yard::urgency(const Entry& entry) const {
+  const double age = seconds_of(now_ - tickets_.find(entry.oldest)->arrival);
+  return (1 + age / std::max(entry.reload_seconds, kLeastSeconds)) *
+         std::sqrt(static_cast<double>(entry.waiting_count));
+}
+
+std::vector<Yard::Turn> Yard::turns() const {
+  std::vector<Turn> found;
+  found.reserve(waiting_.size());
+  for (const auto& [sequence, index] : waiting_) {
+    const Entry& entry = entry_at(index);
+    if (entry.state != State::kQueued) continue;  // Still on its way out.
+    const Tick since = overdue_at(entry);
+    found.push_back({since <= now_, since, urgency(entry), sequence, index});
+  }
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+// What is asked of each device: the demand of the models that are on it, or are being loaded there.
+std::vector<double> Yard::demands() const {
+  std::vector<double> found(device_count());
+  for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
+    const Entry* entry = entries_.at(i);
+    if (entry == nullptr || entry->home == kNoDevice) continue;
+    if (entry->state != State::kResident && entry->state != State::kLoading) continue;
+    found[position(entry->home)] += demand_of(*entry);
+  }
+  return found;
+}
+
+// --- What is known of the time things take
+
+Duration Yard::used_for(const Entry& entry) const {
+  return entry.lease_count > 0 ? entry.used + (now_ - entry.used_since) : entry.used;
+}
+
+// When a model that is in use, and goes on being so, will have been for that many of its loads.
+Tick Yard::worked_at(const Entry& entry, double loads) const {
+  const Duration needed = from_seconds(loads * entry.reload_seconds);
+  const Duration used = used_for(entry);
+  return used >= needed ? now_ : saturating_add(now_, needed - used);
+}
+
+double Yard::expected_wait(const Entry& entry) const {
+  if (entry.state == State::kResident) {
+    if (entry.home == kNoDevice) return 0;
+    const Pace& pace = paces_[position(entry.home)];
+    // Whoever comes to an idle device is served, whatever came before.
+    return pace.given() == 0 ? 0 : pace.backlog_seconds(now_) + pace.seconds_each();
+  }
+  // Nobody is turned away for what has only been guessed.
+  if (entry.load_count == 0) return 0;
+  if (entry.state == State::kLoading) {
+    return std::max(0.0, entry.reload_seconds - seconds_of(now_ - entry.load_began));
+  }
+  double soonest = std::numeric_limits<double>::infinity();
+  for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
+    const Charge touched = touching(entry.placements[p], shares_device(entry, p));
+    if (!is_closed(touched)) soonest = std::min(soonest, seconds_of(channels_free_in(touched)));
+  }
+  return std::isfinite(soonest) ? soonest + entry.reload_seconds : 0;
+}
+
+double Yard::expected_wait_seconds(ModelId model) const {
+  const Entry* entry = entries_.find(model);
+  return entry == nullptr ? 0 : expected_wait(*entry);
+}
+
+// What a request has to have left.
+double Yard::reach(const Entry& entry) const {
+  return expected_wait(entry) * (entry.state == State::kResident ? kReachMargin : 1);
+}
+
+bool Yard::is_within_reach(const Entry& entry, Tick deadline) const {
+  return deadline == kNever ||
+         reach(entry) <= seconds_of(std::max(deadline - now_, Duration::zero()));
+}
+
+Refuse Yard::out_of_reach(const Entry& entry, Tick deadline) const {
+  Refuse refusal;
+  refusal.reason = RefuseReason::kDeadlineUnreachable;
+  refusal.needs = from_seconds(expected_wait(entry));
+  refusal.left = deadline - now_;
+  // What a device has to do gets less with time; what a load takes does not, but it may have been
+  // done by then.
+  const Duration spared = entry.state == State::kResident ? refusal.left : Duration::zero();
+  refusal.retry_after = std::max<Duration>(from_seconds(reach(entry)) - spared, kLeastRetry);
+  return refusal;
+}
+
+// How long until a load may begin on all devices that it touches. Known where loads run one by one.
+Duration Yard::channels_free_in(const Charge& touched) const {
+  Duration longest{};
+  if (options_.load_channels_per_device > 1) return longest;
+  touched.for_each([&](DeviceIndex d, Bytes) {
+    if (loading_[position(d)] > 0) longest = std::max(longest, loaded_at_[position(d)] - now_);
+  });
+  return longest;
+}
+
+// When what a device had to do when the oldest request came will be done but for as long as a load
+// takes, as was thought then.
+Tick Yard::served_at(const Entry& entry, DeviceIndex device) const {
+  const Ticket& oldest = *tickets_.find(entry.oldest);
+  const double ahead = static_cast<double>(oldest.ahead[position(device)]);
+  return saturating_add(oldest.arrival,
+                        from_seconds(ahead - entry.reload_seconds - kPressureSlack));
+}
+
+// A load there would bring nothing yet: the device has older requests to run for longer than it
+// takes. What has come since stands behind this one's requests and does not count.
+bool Yard::is_backed_up(const Entry& entry, const Charge& touched) const {
+  const DeviceIndex home = first_of(touched);
+  return home != kNoDevice && served_at(entry, home) > now_ &&
+         work_seconds(home) > entry.reload_seconds + kPressureSlack;
+}
+
 // The first closed device that a charge touches, or kNoDevice.
 DeviceIndex Yard::closed_device(const Charge& placement) const {
   DeviceIndex found = kNoDevice;
@@ -43,14 +170,14 @@ std::vector<LeaseId> Yard::leases_of(ModelId model) const {
   return found;
 }
 
-std::vector<Resident> Yard::residents(bool with_leased) const {
+std::vector<Resident> Yard::residents(std::optional<double> worked) const {
   std::vector<Resident> found;
   found.reserve(entries_.size());
   for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
     const Entry* entry = entries_.at(i);
     if (entry == nullptr || entry->state != State::kResident || entry->pinned) continue;
     const bool leased = entry->lease_count > 0;
-    if (leased && !with_leased) continue;
+    if (leased && (!worked || worked_at(*entry, *worked) > now_)) continue;
     found.push_back({i, &entry->held, entry->reload_seconds, leased, entry->held_shares,
                      entry->held_shares_on});
   }
@@ -138,14 +265,32 @@ Yard::Pass Yard::make_pass() const {
 }
 
 void Yard::schedule(Actions& out) {
+  pass_owed_ = false;
   if (waiting_.empty() && !ledger_.any_deficit()) return;
+  pressed_ = false;
   tidy_tier(out);
   repay_deficits(out);
+  if (look_for_hopeless_) refuse_hopeless(out);
   Pass pass = make_pass();
-  // schedule_model takes at most its own model out of the list.
+  // Without a channel nobody can be loaded, and nobody leaves before his successor can come.
+  // A model that holds nothing needs none.
+  const auto is_over = [&] { return !pass.has_any_channel() && !some_hold_nothing_; };
+  if (is_over()) return;
+  for (const Turn& turn : turns()) {
+    schedule_model(turn, pass, out);
+    if (is_over()) break;
+  }
+  if (look_for_hopeless_) refuse_hopeless(out);  // A pinned model is being loaded.
+}
+
+void Yard::refuse_hopeless(Actions& out) {
+  look_for_hopeless_ = false;
+  // refuse_all takes at most its own model out of the list.
   for (auto next = waiting_.begin(); next != waiting_.end();) {
     const EntryIndex index = (next++)->second;
-    schedule_model(index, pass, out);
+    const Entry& entry = entry_at(index);
+    if (entry.state != State::kQueued) continue;
+    if (std::optional<Refuse> refusal = impossible(entry)) refuse_all(index, *refusal, out);
   }
 }
 
@@ -157,7 +302,7 @@ void Yard::repay_deficits(Actions& out) {
     owed.set(device, std::min(saturating_sub(account.deficit, account.draining), Bytes{kMaxBytes}));
   }
   if (owed.empty()) return;
-  const std::vector<Resident> all = residents(true);
+  const std::vector<Resident> all = residents(0.0);
   Sharing sharing;
   if (shares_.size() > 0) sharing.table = &shares_;
   sharing.count_leaving = true;  // Who drains has been taken off what is owed.
@@ -175,13 +320,10 @@ void Yard::repay_deficits(Actions& out) {
   }
 }
 
-void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
+void Yard::schedule_model(const Turn& turn, Pass& pass, Actions& out) {
+  const EntryIndex index = turn.entry;
   const Entry& entry = entry_at(index);
-  if (entry.state != State::kQueued) return;
-  if (std::optional<Refuse> refusal = impossible(entry)) {
-    refuse_all(index, *refusal, out);
-    return;
-  }
+  const Duration takes = from_seconds(entry.reload_seconds);
 
   // 1. Load where it fits now, where most room is left.
   constexpr auto kNone = static_cast<std::uint32_t>(kMaxPlacements);
@@ -195,7 +337,7 @@ void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
     if (is_closed(touched)) continue;
     if (open == kNone) open = p;
     const Need need = pass.unclaimed(need_of(entry, p));
-    const bool channels = pass.has_channels(touched);
+    const bool channels = pass.has_channels(touched, now_, takes);
     switch (pass.reach(need)) {
       case Pass::Reach::kNow:
         if (!channels) {
@@ -232,11 +374,16 @@ void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
     return touching(entry.placements[p], shares_device(entry, p));
   };
   if (soon != kNone) {
+    const Charge touched = touched_by(soon);
     pass.claim_later(pass.unclaimed(need_of(entry, soon)).now);
-    pass.claim_channels(touched_by(soon));
+    if (pass.has_channels(touched, now_, takes)) {
+      pass.claim_channels(touched);
+    } else if (!pass.has_channels(touched)) {
+      pass.keep_channels(touched, saturating_add(now_, channels_free_in(touched)));
+    }
     return;
   }
-  const bool overdue = overdue_at(entry) <= now_;
+  const bool overdue = turn.overdue;
   // Requests that run may run for long: the bytes are kept, the channel is not.
   if (later != kNone && !overdue) {
     pass.claim(need_of(entry, later).later);
@@ -245,18 +392,21 @@ void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
 
   // 3. Make room, where it costs least: by idle models, and for an overdue one by models in use.
   if (!pass.idle_known) {
-    pass.idle = residents(false);
+    pass.idle = residents(std::nullopt);
     pass.idle_known = true;
+    if (device_count() > 1) pass.demands = demands();
   }
-  Way way = cheapest_way(entry, pass, pass.idle, Count::kUnloading);
+  Way way = cheapest_way(entry, pass, pass.idle, Count::kUnloading, !overdue);
   if (!way.plan && later != kNone) {
     pass.claim(need_of(entry, later).later);  // Those who are to leave suffice, once they do.
     return;
   }
-  if (!way.plan) way = cheapest_way(entry, pass, pass.idle, Count::kLeaving);
-  if (!way.plan && overdue) {
-    way = cheapest_way(entry, pass, residents(true), Count::kLeaving);
+  if (!way.plan) way = cheapest_way(entry, pass, pass.idle, Count::kLeaving, !overdue);
+  if (!way.plan && (overdue || impatient_at(entry) <= now_)) {
+    const double worked = overdue ? kWorkedForOverdue : kWorkedForImpatient;
+    way = cheapest_way(entry, pass, residents(worked), Count::kLeaving, !overdue);
   }
+  pressed_ = pressed_ || (way.pressed && !way.plan);
   if (way.plan) {
     const Room before = room();
     evict(*way.plan, Cause{.why = Why::kModel, .model = entries_.id_at(index)}, out);
@@ -271,27 +421,49 @@ void Yard::schedule_model(EntryIndex index, Pass& pass, Actions& out) {
     return;
   }
 
-  // 4. Nothing can be done for it now. Younger ones may pass, unless it has waited long enough.
+  // 4. Nothing can be done for it now. Others may pass, unless it has waited long enough. One that
+  // only lacks some of the channels keeps those that are free.
   if (overdue && open != kNone) {
     pass.claim(need_of(entry, open).later);
     pass.claim_channels(touched_by(open));
+    return;
+  }
+  for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
+    const Charge touched = touched_by(p);
+    if (is_closed(touched) || pass.has_channels(touched) || !pass.has_a_channel(touched)) continue;
+    if (!plan_eviction(pass.idle, pass.shortfall(pass.unclaimed(need_of(entry, p)), true), budgets_,
+                       *policy_, request_clock_, sharing_for(entry, p, true))) {
+      continue;
+    }
+    pass.keep_channels(touched, saturating_add(now_, channels_free_in(touched)));
+    return;
   }
 }
 
 // The placement for which making room costs least, when what is on its way back is counted as
 // `count` says. Only placements with a load channel: nobody leaves for a model before it can come.
 Yard::Way Yard::cheapest_way(const Entry& entry, const Pass& pass,
-                             std::span<const Resident> candidates, Count count) const {
+                             std::span<const Resident> candidates, Count count,
+                             bool under_pressure) const {
   Way best;
+  const Duration takes = from_seconds(entry.reload_seconds);
   for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
     const Charge touched = touching(entry.placements[p], shares_device(entry, p));
-    if (is_closed(touched) || !pass.has_channels(touched)) continue;
+    if (is_closed(touched) || !pass.has_channels(touched, now_, takes)) continue;
+    if (under_pressure && is_backed_up(entry, touched)) {
+      best.pressed = true;
+      continue;
+    }
     const bool leaving = count == Count::kLeaving;
     std::optional<Plan> plan =
         plan_eviction(candidates, pass.shortfall(pass.unclaimed(need_of(entry, p)), leaving),
                       budgets_, *policy_, request_clock_, sharing_for(entry, p, leaving));
-    if (plan && (!best.plan || plan->cost < best.plan->cost)) {
+    if (!plan) continue;
+    // What is asked of a device is asked of it in vain once it is behind: cheap and busy is dear.
+    const double cost = plan->cost * (1 + pass.demand_on(first_of(touched)));
+    if (!best.plan || cost < best.cost) {
       best.plan = std::move(plan);
+      best.cost = cost;
       best.placement = p;
     }
   }
@@ -327,19 +499,41 @@ std::optional<Plan> Yard::plan_for(ModelId model) const {
       return std::nullopt;
     }
   }
-  const std::vector<Resident> idle = residents(false);
-  Way way = cheapest_way(*entry, pass, idle, Count::kUnloading);
-  if (!way.plan) way = cheapest_way(*entry, pass, idle, Count::kLeaving);
+  const std::vector<Resident> idle = residents(std::nullopt);
+  Way way = cheapest_way(*entry, pass, idle, Count::kUnloading, false);
+  if (!way.plan) way = cheapest_way(*entry, pass, idle, Count::kLeaving, false);
   return std::move(way.plan);
 }
 
 void Yard::wake(Actions& out) {
   Tick next = deadlines_.empty() ? kNever : deadlines_.begin()->first;
+  // Who waits becomes impatient and then overdue, and who is in use then may leave in the end.
+  bool impatient = false;
+  bool overdue = false;
   for (const auto& [sequence, index] : waiting_) {
     const Entry& entry = entry_at(index);
     if (entry.state != State::kQueued) continue;
-    const Tick overdue = overdue_at(entry);
-    if (overdue > now_) next = std::min(next, overdue);
+    for (const Tick at : {impatient_at(entry), overdue_at(entry)}) {
+      if (at > now_) next = std::min(next, at);
+    }
+    for (std::size_t i = 0; pressed_ && i < device_count(); ++i) {
+      const Tick at = served_at(entry, static_cast<DeviceIndex>(i));
+      if (at > now_) next = std::min(next, at);
+    }
+    overdue = overdue || overdue_at(entry) <= now_;
+    impatient = impatient || impatient_at(entry) <= now_;
+  }
+  if (impatient || overdue) {
+    const double worked = overdue ? kWorkedForOverdue : kWorkedForImpatient;
+    for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
+      const Entry* entry = entries_.at(i);
+      if (entry == nullptr || entry->state != State::kResident || entry->pinned) continue;
+      if (entry->lease_count == 0) continue;
+      if (const Tick at = worked_at(*entry, worked); at > now_) next = std::min(next, at);
+      if (const Tick at = worked_at(*entry, kWorkedForImpatient); at > now_ && impatient) {
+        next = std::min(next, at);
+      }
+    }
   }
   // An earlier wake-up that is still to come will do: it asks again.
   if (next >= wake_at_) return;
@@ -368,6 +562,7 @@ void Yard::explain(Decision decision, ModelId model, const Cause& cause, double 
   if (whose != nullptr && whose->waiting_count > 0) {
     explanation.waited = now_ - tickets_.find(whose->oldest)->arrival;
   }
+  tell_cost(explanation);
   explain_.add(explanation);
 }
 

@@ -257,8 +257,12 @@ void Yard::end_drop(EntryIndex index, const Charge& freed) {
   Entry& entry = entry_at(index);
   const Charge exclusive = exclusive_of(entry.copy);
   ledger_.finish_drain(exclusive, freed);
-  unloading_[position(tier_)] -= entry.copy.held.on(tier_);
-  forget_copy(entry, Holding::kUnloading, false);
+  if (entry.copy.in_use) {
+    forget_copy(entry, Holding::kDraining, false);
+  } else {
+    unloading_[position(tier_)] -= entry.copy.held.on(tier_);
+    forget_copy(entry, Holding::kUnloading, false);
+  }
   const Charge missing = exclusive.saturating_minus(freed);
   if (missing.empty()) return;
   entry.quarantined = entry.quarantined.saturating_plus(missing);
@@ -278,7 +282,9 @@ void Yard::forget_copy(Entry& entry, Holding from, bool charged) {
 void Yard::tidy_tier(Actions& out) {
   if (tier_ == kNoDevice) return;
   const Account& account = ledger_.account(tier_);
-  const Bytes owed = std::min(saturating_sub(account.deficit, account.draining), Bytes{kMaxBytes});
+  // What is in use repays nothing for now.
+  const Bytes coming = unloading_[position(tier_)];
+  const Bytes owed = std::min(saturating_sub(account.deficit, coming), Bytes{kMaxBytes});
   if (owed == Bytes{0}) return;
   Sharing sharing;
   sharing.table = &shares_;
@@ -320,6 +326,25 @@ Status Yard::copy_dropped(ModelId model, Tick now, Bytes freed, Actions& out) {
   const EntryIndex index = EntryTable::index_of(model);
   end_drop(index, Charge(tier_, freed));
   if (entry->removed && entry->state == State::kCold) come_to_rest(index);
+  schedule(out);
+  finish(out);
+  return Done{};
+}
+
+Status Yard::copy_in_use(ModelId model, Tick now, Actions& out) {
+  Entry* entry = entries_.find(model);
+  if (entry == nullptr) return Error{ErrorCode::kStaleId, "the model is not known"};
+  Copy& copy = entry->copy;
+  if (copy.state != CopyState::kDropping) {
+    return Error{ErrorCode::kWrongState,
+                 "copy_in_use does not fit a copy that is " + std::string(to_string(copy.state))};
+  }
+  begin(now, out);
+  if (!copy.in_use) {
+    copy.in_use = true;
+    unloading_[position(tier_)] -= copy.held.on(tier_);
+    move_holders(copy.shares, Holding::kUnloading, Holding::kDraining);
+  }
   schedule(out);
   finish(out);
   return Done{};

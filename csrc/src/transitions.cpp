@@ -18,6 +18,9 @@ TicketId Yard::add_ticket(EntryIndex index, Tick deadline) {
   ticket.sequence = next_sequence_++;
   ticket.arrival = now_;
   ticket.deadline = deadline;
+  for (std::size_t i = 0; i < paces_.size(); ++i) {
+    ticket.ahead[i] = static_cast<float>(paces_[i].backlog_seconds(now_));
+  }
   ticket.previous = entry.newest;
   const TicketId id = tickets_.insert(ticket);
   if (entry.waiting_count++ == 0) {
@@ -74,7 +77,9 @@ void Yard::refuse_all(EntryIndex index, const Refuse& refusal, Actions& out) {
 }
 
 LeaseId Yard::add_lease(EntryIndex index) {
-  ++entry_at(index).lease_count;
+  Entry& entry = entry_at(index);
+  if (entry.lease_count++ == 0) entry.used_since = now_;
+  if (entry.home != kNoDevice) paces_[position(entry.home)].begin(now_);
   return leases_.insert(Lease{index});
 }
 
@@ -95,7 +100,7 @@ void Yard::expire(Actions& out) {
     refusal.reason = entry.state == State::kLoading ? RefuseReason::kDeadlineInLoad
                                                     : RefuseReason::kDeadlineInQueue;
     refuse(ticket, refusal, out);
-    expired_ = true;
+    pass_owed_ = true;
   }
 }
 
@@ -126,12 +131,16 @@ void Yard::start_load(EntryIndex index, std::uint32_t placement, Actions& out) {
   entry.forgotten = false;
   entry.held = entry.placements[placement];
   entry.state = State::kLoading;
+  entry.load_began = now_;
   take_shares(entry, shares_device(entry, placement));
+  entry.home = first_of(touching(entry.held, entry.held_shares_on));
   if (entry.pinned) {
     entry.held.for_each([&](DeviceIndex d, Bytes b) { pinned_[position(d)] += b; });
+    look_for_hopeless_ = true;
   }
   touching(entry.held, entry.held_shares_on).for_each([&](DeviceIndex d, Bytes) {
     ++loading_[position(d)];
+    loaded_at_[position(d)] = saturating_add(now_, from_seconds(entry.reload_seconds));
   });
   explain(Decision::kLoadStarted, entries_.id_at(index), Cause{}, 0, going_with(entry));
   out.push_back(Load{entries_.id_at(index), placement});

@@ -19,15 +19,6 @@ Error wrong_state(const Entry& entry, const char* event) {
           std::string(event) + " does not fit state " + std::string(to_string(entry.state))};
 }
 
-double seconds(Duration duration) { return std::chrono::duration<double>(duration).count(); }
-
-Duration from_seconds(double value) {
-  // Beyond some 290 years the cast would overflow; nobody waits that long.
-  constexpr double kMost = 9e9;
-  return std::chrono::duration_cast<Duration>(
-      std::chrono::duration<double>(std::clamp(value, 0.0, kMost)));
-}
-
 // The budgets of all accounts: the tier's is the last.
 std::vector<Bytes> with_tier(const YardOptions& options) {
   std::vector<Bytes> budgets = options.budgets;
@@ -85,6 +76,8 @@ Yard::Yard(YardOptions options, std::unique_ptr<Policy> policy)
       pinned_(budgets_.size()),
       unloading_(budgets_.size()),
       loading_(budgets_.size()),
+      loaded_at_(budgets_.size()),
+      paces_(options_.budgets.size()),
       closed_(budgets_.size()) {
   tell_budgets();
 }
@@ -93,7 +86,9 @@ void Yard::tell_budgets() { policy_->on_budgets(std::span(budgets_).first(device
 
 // A model was asked for. What it would hold is what it holds, or what its first placement takes.
 void Yard::tell_policy(EntryIndex index) {
-  const Entry& entry = entry_at(index);
+  Entry& entry = entry_at(index);
+  entry.demand = demand_of(entry) + 1;
+  entry.demand_at = request_clock_;
   const bool here = !entry.held.empty() || !entry.held_shares.empty();
   const Charge* held = here ? &entry.held : &entry.placements.front();
   const DeviceIndex shared_on = here ? entry.held_shares_on : shares_device(entry, 0);
@@ -120,7 +115,47 @@ void Yard::tell_policy(EntryIndex index) {
                            .weight = std::max(weight, kLeastWeight),
                            .reload_seconds = entry.reload_seconds},
                       ++request_clock_);
+  if (policy_->lru_missed()) {
+    lru_bill_.missed(index, entry.reload_seconds, entry.state == State::kResident);
+  }
+  departures_.asked(index, now_);
   ++counters_.request_count;
+}
+
+void Yard::note_empty_placements(const Entry& entry) {
+  for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
+    const bool nothing = touching(entry.placements[p], shares_device(entry, p)).empty();
+    some_hold_nothing_ = some_hold_nothing_ || nothing;
+  }
+}
+
+// What becomes of a decision's cost: how old the model was and what its absence is expected to
+// cost, or who waited for a load that has ended.
+void Yard::tell_cost(Explanation& explanation) {
+  const Entry* entry = entries_.find(explanation.model);
+  if (entry == nullptr) return;
+  switch (explanation.decision) {
+    case Decision::kEvicted:
+    case Decision::kDrained:
+    case Decision::kLost: {
+      if (entry->state != State::kResident) return;  // It was told to leave before.
+      const EntryIndex index = EntryTable::index_of(explanation.model);
+      const Age age = departures_.left(index, explanation.why, now_);
+      explanation.idle = age.idle;
+      explanation.stayed = age.stayed;
+      explanation.expected_seconds = entry->reload_seconds;
+      if (Departures::is_choice(explanation.why)) explanation.rule = policy_->leader();
+      return;
+    }
+    case Decision::kLoadDone:
+      explanation.waiting_count = entry->waiting_count;
+      for (TicketId id = entry->oldest; id != TicketId{}; id = tickets_.find(id)->next) {
+        explanation.waited_sum += now_ - tickets_.find(id)->arrival;
+      }
+      return;
+    default:
+      return;
+  }
 }
 
 // --- Models and devices
@@ -148,8 +183,11 @@ Result<ModelId> Yard::add_model(ModelSpec spec) {
   }
   reprice(entry);
   refer(entry.shares);
+  note_empty_placements(entry);
   const ModelId id = entries_.insert(std::move(entry));
   policy_->on_add(EntryTable::index_of(id));
+  lru_bill_.add(EntryTable::index_of(id));
+  departures_.add(EntryTable::index_of(id));
   if (spec.replaces) {
     policy_->on_replace(EntryTable::index_of(id), EntryTable::index_of(*spec.replaces));
   }
@@ -169,6 +207,7 @@ Status Yard::update_placements(ModelId model, std::vector<Charge> placements,
   std::swap(entry->shares, shares);
   unrefer(shares);
   entry->shares_on = std::move(shares_on);
+  note_empty_placements(*entry);
   entry->placement = kMaxPlacements;  // What it holds belongs to none of these.
   entry->copy_bytes = Bytes{};        // It may be another model now.
   schedule(out);
@@ -344,11 +383,12 @@ Status Yard::forget_share(ShareId id) {
 
 // --- Requests
 
-Result<std::optional<LeaseId>> Yard::try_acquire(ModelId model, Tick now) {
+Result<std::optional<LeaseId>> Yard::try_acquire(ModelId model, Tick now, Tick deadline) {
   const Entry* entry = live(model);
   if (entry == nullptr) return stale("the model");
   now_ = std::max(now_, now);
   if (entry->state != State::kResident) return std::optional<LeaseId>{};
+  if (deadline != kNever && !is_within_reach(*entry, deadline)) return std::optional<LeaseId>{};
   const EntryIndex index = EntryTable::index_of(model);
   tell_policy(index);
   ++counters_.hit_count;
@@ -358,7 +398,7 @@ Result<std::optional<LeaseId>> Yard::try_acquire(ModelId model, Tick now) {
 Result<TicketId> Yard::request(ModelId model, Tick now, Tick deadline, Actions& out) {
   Entry* entry = live(model);
   if (entry == nullptr) return stale("the model");
-  begin(now, out);
+  begin(now, out, Bounds::kSame);
   const EntryIndex index = EntryTable::index_of(model);
   tell_policy(index);
 
@@ -372,6 +412,8 @@ Result<TicketId> Yard::request(ModelId model, Tick now, Tick deadline, Actions& 
     refusal.reason = entry->state == State::kLoading ? RefuseReason::kDeadlineInLoad
                                                      : RefuseReason::kDeadlineInQueue;
     refuse(ticket, refusal, out);
+  } else if (entry->state == State::kResident && !is_within_reach(*entry, deadline)) {
+    refuse(ticket, out_of_reach(*entry, deadline), out);
   } else if (entry->state == State::kResident) {
     ++counters_.hit_count;
     drop_ticket(ticket);
@@ -390,14 +432,21 @@ Result<TicketId> Yard::request(ModelId model, Tick now, Tick deadline, Actions& 
              entry->state != State::kLoading && (never = impossible(*entry))) {
     refuse(ticket, *never, out);
   } else {
-    if (entry->state == State::kCold || entry->state == State::kFailed) {
-      entry->state = State::kQueued;
+    const bool within_reach = is_within_reach(*entry, deadline);
+    const bool alone = waiting_.empty();
+    if (!within_reach) refusal = out_of_reach(*entry, deadline);
+    // Who comes too late may come again: where nobody else waits, the model is loaded for that.
+    if (within_reach || alone) {
+      if (entry->state == State::kCold || entry->state == State::kFailed) {
+        entry->state = State::kQueued;
+      }
+      if (first) {
+        join_waiting(index);
+        explain(Decision::kQueued, model, Cause{}, 0, Bytes{0});
+      }
+      if (entry->state == State::kQueued) schedule(out);
     }
-    if (first) {
-      join_waiting(index);
-      explain(Decision::kQueued, model, Cause{}, 0, Bytes{0});
-    }
-    if (entry->state == State::kQueued) schedule(out);
+    if (!within_reach) refuse(ticket, refusal, out);
   }
   finish(out);
   return ticket;
@@ -406,7 +455,7 @@ Result<TicketId> Yard::request(ModelId model, Tick now, Tick deadline, Actions& 
 Status Yard::cancel(TicketId ticket, Tick now, Actions& out) {
   if (tickets_.find(ticket) == nullptr) return stale("the ticket");
   drop_ticket(ticket);  // First: its deadline may have passed just now, and it has ended already.
-  begin(now, out);
+  begin(now, out, Bounds::kSame);
   schedule(out);
   finish(out);
   return Done{};
@@ -419,13 +468,17 @@ Status Yard::release(LeaseId lease, Tick now, Actions& out) {
   Entry& entry = entry_at(index);
   now_ = std::max(now_, now);
   leases_.erase(lease);
-  --entry.lease_count;
-  if (entry.lease_count > 0) return Done{};
+  if (entry.home != kNoDevice) paces_[position(entry.home)].end(now_);
+  if (--entry.lease_count == 0) {
+    entry.used += now_ - entry.used_since;
+  } else if (!pressed_) {
+    return Done{};
+  }
   if (entry.state != State::kDraining && waiting_.empty() && !ledger_.any_deficit()) {
     return Done{};
   }
-  begin(now, out);
-  if (entry.state == State::kDraining) start_unload(index, out);
+  begin(now, out, Bounds::kSame);
+  if (entry.state == State::kDraining && entry.lease_count == 0) start_unload(index, out);
   schedule(out);
   finish(out);
   return Done{};
@@ -450,9 +503,11 @@ Status Yard::load_done(ModelId model, Tick now, const Charge& actual, Duration t
   }
   turn_shares(*entry, Holding::kLoading, Holding::kResident);
   entry->state = State::kResident;
+  entry->used = Duration{};
+  entry->home = first_of(touching(actual, entry->held_shares_on));
   entry->failure_count = 0;
 
-  const double measured = std::max(seconds(took), kLeastSeconds);
+  const double measured = std::max(seconds_of(took), kLeastSeconds);
   entry->times.measured(source, measured);
   prices_.loaded(source, measured, weight_of(*entry), entry->load_count > 0);
   reprice(*entry);
@@ -464,6 +519,8 @@ Status Yard::load_done(ModelId model, Tick now, const Charge& actual, Duration t
     drop_copy(index, Cause{.why = Why::kNotWorth}, 0, out);
   }
   counters_.load_seconds += measured;
+  lru_bill_.measured(index, measured);
+  departures_.loaded(index, now_);
   touching(actual, entry->held_shares_on).for_each([&](DeviceIndex d, Bytes) {
     ++device_counters_[position(d)].load_count;
   });
@@ -612,25 +669,25 @@ Status Yard::lost(ModelId model, Tick now, Actions& out) {
 }
 
 void Yard::tick(Tick now, Actions& out) {
-  begin(now, out);
+  begin(now, out, Bounds::kSame);
   schedule(out);
   finish(out);
 }
 
 // --- Beginning and end of every event
 
-void Yard::begin(Tick now, Actions& out) {
+void Yard::begin(Tick now, Actions& out, Bounds bounds) {
   now_ = std::max(now_, now);
-  if (wake_at_ <= now_) wake_at_ = kNever;
+  if (bounds == Bounds::kMayDiffer) look_for_hopeless_ = true;
+  if (wake_at_ <= now_) {
+    wake_at_ = kNever;
+    pass_owed_ = true;  // Also if this event by itself would make none.
+  }
   expire(out);
 }
 
 void Yard::finish(Actions& out) {
-  // What an expired request kept for its model is there for others now.
-  if (expired_) {
-    expired_ = false;
-    schedule(out);
-  }
+  if (pass_owed_) schedule(out);
   if (!awaited_.empty()) resume_awaited(out);
   wake(out);
 #if MODELYARD_CHECK_INVARIANTS

@@ -23,7 +23,13 @@ class Books {
   enum class Phase : std::uint8_t { kAway, kLoading, kResident, kDraining, kUnloading };
 
   /// Of a model's copy on the host tier.
-  enum class CopyPhase : std::uint8_t { kNone, kAwaited, kMaking, kKept, kDropping };
+  /// In use: dropped, and somebody is still in its memory.
+  enum class CopyPhase : std::uint8_t { kNone, kAwaited, kMaking, kKept, kInUse, kDropping };
+
+  /// On its way out.
+  static bool is_leaving(CopyPhase phase) {
+    return phase == CopyPhase::kDropping || phase == CopyPhase::kInUse;
+  }
 
   struct CopyOf {
     CopyPhase phase{CopyPhase::kNone};

@@ -61,6 +61,7 @@ enum class EventKind : std::uint8_t {
   kSetTierBudget,
   kForgive,
   kCopyDropped,
+  kCopyInUse,
   kCopyLost,
   kTick,
 };
@@ -117,6 +118,8 @@ inline std::string_view to_string(EventKind kind) {
       return "forgive";
     case EventKind::kCopyDropped:
       return "copy_dropped";
+    case EventKind::kCopyInUse:
+      return "copy_in_use";
     case EventKind::kCopyLost:
       return "copy_lost";
     case EventKind::kTick:
@@ -197,7 +200,7 @@ inline Outcome apply(Yard& yard, const Event& event) {
       note(yard.set_device_closed(event.device, event.closed, event.now, out));
       break;
     case EventKind::kTryAcquire: {
-      const auto result = yard.try_acquire(event.model, event.now);
+      const auto result = yard.try_acquire(event.model, event.now, event.deadline);
       if (note(result)) outcome.lease = result.value();
       break;
     }
@@ -251,6 +254,9 @@ inline Outcome apply(Yard& yard, const Event& event) {
       break;
     case EventKind::kCopyDropped:
       note(yard.copy_dropped(event.model, event.now, event.budget, out));
+      break;
+    case EventKind::kCopyInUse:
+      note(yard.copy_in_use(event.model, event.now, out));
       break;
     case EventKind::kCopyLost:
       note(yard.copy_lost(event.model, event.now, out));

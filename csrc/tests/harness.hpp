@@ -190,7 +190,11 @@ class Harness {
     EXPECT_FALSE(outcome.error) << outcome.message;
     return outcome.ticket;
   }
-  Outcome try_acquire(ModelId model) { return step(make(EventKind::kTryAcquire, model)); }
+  Outcome try_acquire(ModelId model, Tick deadline = kNever) {
+    Event event = make(EventKind::kTryAcquire, model);
+    event.deadline = deadline;
+    return step(event);
+  }
   std::optional<ErrorCode> cancel(TicketId ticket) {
     Event event = make(EventKind::kCancel);
     event.ticket = ticket;
@@ -245,6 +249,9 @@ class Harness {
     Event event = make(EventKind::kCopyDropped, model);
     event.budget = Bytes{freed};
     return step(event).error;
+  }
+  std::optional<ErrorCode> copy_in_use(ModelId model) {
+    return step(make(EventKind::kCopyInUse, model)).error;
   }
   std::optional<ErrorCode> copy_lost(ModelId model) {
     return step(make(EventKind::kCopyLost, model)).error;

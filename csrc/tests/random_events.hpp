@@ -77,8 +77,10 @@ YardOptions draw_options(Source& source) {
 template <typename Source>
 class EventMaker {
  public:
-  EventMaker(Source& source, std::uint32_t most_models)
-      : source_(source), most_models_(most_models) {}
+  /// `about_copies`: everything comes back in the end, so that more copies are made, and those that
+  /// are dropped are in use more often and for longer.
+  EventMaker(Source& source, std::uint32_t most_models, bool about_copies = false)
+      : source_(source), most_models_(most_models), about_copies_(about_copies) {}
 
   [[nodiscard]] Event next(const Referee& referee) {
     Event event;
@@ -87,7 +89,10 @@ class EventMaker {
     const std::uint32_t draw = source_.below(113);
     if (referee.models().empty() || draw < 3) return add(event, referee);
     if (draw < 30) return request(event, referee);
-    if (draw < 38) return of(event, EventKind::kTryAcquire, any_model(referee));
+    if (draw < 38) {
+      if (source_.below(3) == 0) event.deadline = now_ + seconds{source_.below(20)};
+      return of(event, EventKind::kTryAcquire, any_model(referee));
+    }
     if (draw < 54) return release(event, referee);
     if (draw < 58) return cancel(event, referee);
     if (draw < 78) return end_io(event, referee);
@@ -193,7 +198,7 @@ class EventMaker {
   }
   [[nodiscard]] Charge part_of(const Charge& held) {
     Charge drawn = held;
-    if (source_.below(6) != 0) return drawn;
+    if (about_copies_ || source_.below(6) != 0) return drawn;
     held.for_each([&](DeviceIndex at, Bytes bytes) {
       drawn.set(at, Bytes{source_.below(static_cast<std::uint32_t>(bytes.value) + 1)});
     });
@@ -231,18 +236,28 @@ class EventMaker {
   [[nodiscard]] Event end_io(Event event, const Referee& referee) {
     std::vector<ModelId> running;
     std::vector<ModelId> dropping;
+    bool any_held_back = false;
     for (const auto& [id, model] : referee.models()) {
       const bool held_back = model.copy.phase == CopyPhase::kAwaited;
+      any_held_back = any_held_back || held_back;
       if (model.phase == Phase::kLoading || (model.phase == Phase::kUnloading && !held_back)) {
         running.push_back(id);
       }
-      if (model.copy.phase == CopyPhase::kDropping) dropping.push_back(id);
+      const bool over =
+          model.copy.phase == CopyPhase::kInUse && source_.below(about_copies_ ? 30 : 6) == 0;
+      if (model.copy.phase == CopyPhase::kDropping || over) dropping.push_back(id);
     }
-    if (!dropping.empty() && source_.below(2) == 0) {
-      event.kind = EventKind::kCopyDropped;
+    // Often where something waits for it: that is what ends seldom by itself.
+    if (!dropping.empty() && (any_held_back ? source_.below(5) != 0 : source_.below(2) == 0)) {
       event.model = dropping[source_.below(static_cast<std::uint32_t>(dropping.size()))];
+      const bool often = about_copies_ && any_held_back;
+      if (source_.below(often ? 2 : about_copies_ ? 3 : 6) == 0) {
+        event.kind = EventKind::kCopyInUse;
+        return event;
+      }
+      event.kind = EventKind::kCopyDropped;
       event.budget = referee.copy_exclusive(event.model);
-      if (source_.below(5) == 0) {
+      if (!about_copies_ && source_.below(5) == 0) {
         event.budget = Bytes{source_.below(static_cast<std::uint32_t>(event.budget.value) + 1)};
       }
       return event;
@@ -394,6 +409,7 @@ class EventMaker {
 
   Source& source_;
   std::uint32_t most_models_;
+  bool about_copies_;
   Tick now_{seconds{100}};
 };
 

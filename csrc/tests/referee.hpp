@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <deque>
@@ -43,6 +44,7 @@ namespace modelyard::test {
 class Referee : private TierReferee {
  public:
   using Books::CopyPhase;
+  using Books::is_leaving;
   using Books::Model;
   using Books::Phase;
   using TierReferee::Verdict;
@@ -89,6 +91,7 @@ class Referee : private TierReferee {
       loaded = loaded || std::holds_alternative<Load>(action);
       if (Verdict verdict = obey(event, action, yard)) return describe(action) + ": " + *verdict;
     }
+    note_work(event, outcome, yard);
     if (Verdict verdict = find_held_back(yard)) return verdict;
     forget_what_is_gone();
     if (Verdict verdict = check_lost(event, outcome)) return verdict;
@@ -102,7 +105,7 @@ class Referee : private TierReferee {
     if (Verdict verdict = check_repayment()) return verdict;
     if (Verdict verdict = check_times(event)) return verdict;
     if (Verdict verdict = check_no_hopeless_waiter()) return verdict;
-    if (Verdict verdict = check_progress()) return verdict;
+    if (Verdict verdict = check_progress(yard)) return verdict;
     const bool quiet = waiting_before <= 1 && waiting_models() == 1 && !loaded && !any_deficit() &&
                        !outcome.error &&
                        (event.kind == EventKind::kRequest || event.kind == EventKind::kTick ||
@@ -262,6 +265,7 @@ class Referee : private TierReferee {
         return std::nullopt;
       case EventKind::kSetTierBudget:
       case EventKind::kCopyDropped:
+      case EventKind::kCopyInUse:
       case EventKind::kCopyLost:
         return tier_error(event);
       case EventKind::kTick:
@@ -326,7 +330,9 @@ class Referee : private TierReferee {
         break;
       case EventKind::kTryAcquire: {
         Model& model = models_.at(event.model);
-        if (outcome.lease.has_value() != (model.phase == Phase::kResident)) {
+        const bool resident = model.phase == Phase::kResident;
+        // One that is resident and has a deadline may be out of reach.
+        if (outcome.lease ? !resident : resident && event.deadline == kNever) {
           return "try_acquire gives a lease exactly on a resident model";
         }
         if (outcome.lease) return start_lease(event.model, model, *outcome.lease);
@@ -338,6 +344,7 @@ class Referee : private TierReferee {
           return "a ticket needs an id of its own";
         }
         tickets_.emplace(outcome.ticket, std::pair{event.model, event.deadline});
+        came_[outcome.ticket] = Came{.at = now_};
         models_.at(event.model).waiting.push_back(outcome.ticket);
         break;
       case EventKind::kCancel:
@@ -395,6 +402,7 @@ class Referee : private TierReferee {
       case EventKind::kUnload:
       case EventKind::kSetTierBudget:
       case EventKind::kCopyDropped:
+      case EventKind::kCopyInUse:
       case EventKind::kCopyLost:
         break;
     }
@@ -554,6 +562,14 @@ class Referee : private TierReferee {
         if (now_ >= model.retry_at) return "the back-off is over";
         return unless(refusal.retry_after == model.retry_at - now_,
                       "retry_after is not the rest of the back-off");
+      case RefuseReason::kDeadlineUnreachable:
+        if (!own_request) return "only who arrives is told that it comes too late";
+        if (deadline == kNever || deadline <= now_) return "no deadline is to come";
+        if (phase != Phase::kResident && yard.entry(id)->load_count == 0) {
+          return "what a load takes has not been measured";
+        }
+        if (refusal.needs * kReachMargin <= deadline - now_) return "there is time enough";
+        return unless(refusal.retry_after > Duration::zero(), "when it could is not said");
       case RefuseReason::kDeadlineInQueue:
         if (now_ < deadline) return "the deadline has not passed";
         return unless(phase != Phase::kLoading, "the model is loading");
@@ -602,6 +618,7 @@ class Referee : private TierReferee {
     auto& waiting = models_.at(found->second.first).waiting;
     std::erase(waiting, id);
     tickets_.erase(found);
+    came_.erase(id);
   }
 
   void forget_what_is_gone() {
@@ -814,7 +831,7 @@ class Referee : private TierReferee {
   }
 
   // With one waiting model there are no claims of others to weigh, so what must happen is plain.
-  [[nodiscard]] Verdict check_progress() const {
+  [[nodiscard]] Verdict check_progress(const Yard& yard) const {
     if (waiting_models() != 1) return std::nullopt;
     const auto found = std::find_if(models_.begin(), models_.end(),
                                     [](const auto& item) { return !item.second.waiting.empty(); });
@@ -839,13 +856,36 @@ class Referee : private TierReferee {
       return each.phase == Phase::kResident && each.leases.empty() && !each.pinned;
     };
     for (std::size_t p = 0; p < model.placements.size(); ++p) {
-      if (!open_for_load(model, p)) continue;
+      if (!open_for_load(model, p) || is_backed_up(yard, found->first, model, p)) continue;
       const bool could_be_made = supposing(idle, Phase::kUnloading, [&](const Books& without) {
         return without.fits_later(model, p);
       });
       if (could_be_made) return describe(found->first) + " waits though idle models could go";
     }
     return std::nullopt;
+  }
+
+  void note_work(const Event& event, const Outcome& outcome, const Yard& yard) {
+    if (event.kind != EventKind::kRequest || outcome.error) return;
+    const auto came = came_.find(outcome.ticket);
+    for (std::size_t where = 0; came != came_.end() && where < budgets_.size(); ++where) {
+      came->second.ahead[where] = yard.backlog_seconds(static_cast<DeviceIndex>(where));
+    }
+  }
+
+  // Nobody leaves for a model whose device is behind with its work by more than a load takes.
+  [[nodiscard]] bool is_backed_up(const Yard& yard, ModelId id, const Model& model,
+                                  std::size_t placement) const {
+    for (std::size_t where = 0; where < budgets_.size(); ++where) {
+      if (!touches(model, placement, where)) continue;
+      const double least = yard.entry(id)->reload_seconds + kPressureSlack;
+      const Came& oldest = came_.at(model.waiting.front());
+      // What the device had to do when it came gets less with time; a tick is asked for then.
+      const double ahead = oldest.ahead[where] - seconds_of(now_ - oldest.at);
+      return (ahead > least || wake_at_ <= now_) &&
+             yard.work_seconds(static_cast<DeviceIndex>(where)) > least;
+    }
+    return false;
   }
 
   // It will be loaded there as soon as another load has ended: nobody leaves for it elsewhere.
@@ -911,6 +951,11 @@ class Referee : private TierReferee {
   YardOptions options_;
   std::vector<Bytes> deficits_;
   std::map<TicketId, std::pair<ModelId, Tick>> tickets_;  // Model and deadline of who waits.
+  struct Came {
+    Tick at{};
+    std::array<double, kMaxDevices> ahead{};  // What each device had to do then.
+  };
+  std::map<TicketId, Came> came_;
   std::map<LeaseId, ModelId> leases_;
   Tick now_{};
   Tick wake_at_{kNever};
@@ -1050,7 +1095,7 @@ class Session {
           model.phase == Referee::Phase::kLoading) {
         events.push_back(done);
       }
-      if (copy == Referee::CopyPhase::kDropping) {
+      if (Referee::is_leaving(copy)) {
         done.kind = EventKind::kCopyDropped;
         events.push_back(done);
       }

@@ -24,8 +24,9 @@ namespace modelyard::test {
 ///   - a copy is asked for only of a model on devices above the tier that has none and has left
 ///   none behind that did not come back, has not been asked to leave and is not lost, if it pays,
 ///   and into free bytes; and it is, if nothing is in the way;
-///   - an unload is held back only while dropped copies make room for it, goes in its turn, and is
-///   given up when the room will not come;
+///   - an unload is held back only while dropped copies make room for it in whose memory nobody is,
+///   goes in its turn, and is given up when the room will not come;
+///   - a dropped copy in whose memory somebody is holds its bytes and shares until it is back;
 ///   - a copy is dropped because its model is to leave for good, because it is lost, because the
 ///   tier is over its budget, or for another copy, and then no copy too many; never while a load
 ///   may read from it;
@@ -87,7 +88,8 @@ class TierReferee : protected Books {
       if (model.copy.phase == phase) total += model.copy.own;
     }
     for (const auto& [share, bytes] : shares_) {
-      for (const CopyPhase each : {CopyPhase::kKept, CopyPhase::kMaking, CopyPhase::kDropping}) {
+      for (const CopyPhase each :
+           {CopyPhase::kKept, CopyPhase::kMaking, CopyPhase::kInUse, CopyPhase::kDropping}) {
         if (copies_of(share, {each}) == 0) continue;
         if (each == phase) total += bytes.bytes;
         break;
@@ -103,7 +105,7 @@ class TierReferee : protected Books {
   }
   [[nodiscard]] std::int64_t tier_used() const {
     return tier_quarantined() + tier_bytes(CopyPhase::kMaking) + tier_bytes(CopyPhase::kKept) +
-           tier_bytes(CopyPhase::kDropping);
+           tier_bytes(CopyPhase::kInUse) + tier_bytes(CopyPhase::kDropping);
   }
   // Below zero by the deficit.
   [[nodiscard]] std::int64_t tier_room() const { return tier_budget_ - tier_used(); }
@@ -135,9 +137,9 @@ class TierReferee : protected Books {
 
   // What a copy of a model needs beside what copies hold there now.
   [[nodiscard]] std::int64_t copy_need(const Model& model) const { return copy_need(model, {}); }
-  // The same when those that are being dropped have gone.
+  // The same when those that are being dropped have gone; not those in whose memory somebody is.
   [[nodiscard]] std::int64_t copy_need_then(const Model& model) const {
-    return copy_need(model, {CopyPhase::kMaking, CopyPhase::kKept});
+    return copy_need(model, {CopyPhase::kMaking, CopyPhase::kKept, CopyPhase::kInUse});
   }
 
   // --- Errors -----------------------------------------------------------------------------------
@@ -152,10 +154,14 @@ class TierReferee : protected Books {
         return std::nullopt;
       case EventKind::kCopyDropped:
         if (model == nullptr) return ErrorCode::kStaleId;
-        if (model->copy.phase != CopyPhase::kDropping) return ErrorCode::kWrongState;
+        if (!is_leaving(model->copy.phase)) return ErrorCode::kWrongState;
         if (event.budget < Bytes{0} || event.budget > copy_exclusive(event.model)) {
           return ErrorCode::kInvalidArgument;
         }
+        return std::nullopt;
+      case EventKind::kCopyInUse:
+        if (model == nullptr) return ErrorCode::kStaleId;
+        if (!is_leaving(model->copy.phase)) return ErrorCode::kWrongState;
         return std::nullopt;
       case EventKind::kCopyLost:
         if (model == nullptr) return ErrorCode::kStaleId;
@@ -318,6 +324,9 @@ class TierReferee : protected Books {
       if (entry.copy.held != (has_tier_ ? Charge(tier(), own) : Charge{})) {
         return describe(id) + ": its copy holds other bytes";
       }
+      if (entry.copy.in_use != (model.copy.phase == CopyPhase::kInUse)) {
+        return describe(id) + ": its copy is in use, or is not";
+      }
       if (entry.copy.shares != model.copy.shares) return describe(id) + ": other shares are copied";
       if (has_tier_ && yard.copy_exclusive(id) != copy_exclusive(id)) {
         return describe(id) + ": other bytes of the copy are exclusive";
@@ -329,7 +338,7 @@ class TierReferee : protected Books {
       if (there.of(Holding::kLoading) != copies_of(id, {CopyPhase::kMaking}) ||
           there.of(Holding::kResident) != copies_of(id, {CopyPhase::kKept}) ||
           there.of(Holding::kUnloading) != copies_of(id, {CopyPhase::kDropping}) ||
-          there.of(Holding::kDraining) != 0 || there.pinned != 0) {
+          there.of(Holding::kDraining) != copies_of(id, {CopyPhase::kInUse}) || there.pinned != 0) {
         return describe(id) + ": holders on the tier differ";
       }
     }
@@ -419,6 +428,9 @@ class TierReferee : protected Books {
         model.copy = CopyOf{};
         break;
       }
+      case EventKind::kCopyInUse:
+        model.copy.phase = CopyPhase::kInUse;
+        break;
       case EventKind::kUpdatePlacements:
         model.copy_bytes = 0;
         break;
@@ -559,6 +571,7 @@ class TierReferee : protected Books {
         return CopyState::kMaking;
       case CopyPhase::kKept:
         return CopyState::kKept;
+      case CopyPhase::kInUse:
       case CopyPhase::kDropping:
         return CopyState::kDropping;
     }
@@ -573,7 +586,8 @@ class TierReferee : protected Books {
     if (account.resident != Bytes{tier_bytes(CopyPhase::kKept)}) {
       return "the tier: kept bytes differ";
     }
-    if (account.draining != Bytes{tier_bytes(CopyPhase::kDropping)}) {
+    if (account.draining !=
+        Bytes{tier_bytes(CopyPhase::kDropping) + tier_bytes(CopyPhase::kInUse)}) {
       return "the tier: bytes being dropped differ";
     }
     if (account.quarantined != Bytes{tier_quarantined()}) {

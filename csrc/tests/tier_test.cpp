@@ -549,6 +549,93 @@ TEST(TierRoom, AModelThatCanNeverFitDropsNobody) {
   EXPECT_EQ(h.copy_state(a), CopyState::kKept);
 }
 
+// --- Somebody is still in the memory of a dropped copy ------------------------------------------
+
+TEST(TierInUse, WhoWaitsForItIsSentWithoutACopyAndItsBytesStayOnTheBooks) {
+  FullTier t;
+  t.h.request(t.d);
+  t.h.forget();
+  EXPECT_FALSE(t.h.copy_in_use(t.a));
+  EXPECT_EQ(t.h.said(), (Lines{"unload c"}));
+  EXPECT_EQ(t.h.copy_state(t.c), CopyState::kNone);
+  EXPECT_EQ(t.h.copy_state(t.a), CopyState::kDropping);
+  EXPECT_TRUE(t.h.entry(t.a).copy.in_use);
+  EXPECT_EQ(t.h.tier().draining, Bytes{60});
+  EXPECT_EQ(t.h.tier().quarantined, Bytes{0});
+  EXPECT_FALSE(t.h.copy_in_use(t.a));
+  EXPECT_EQ(t.h.said(), Lines{}) << "said again it changes nothing";
+  EXPECT_EQ(t.h.tier().draining, Bytes{60});
+  EXPECT_FALSE(t.h.copy_dropped(t.a));
+  EXPECT_EQ(t.h.tier().used(), Bytes{60});
+  EXPECT_FALSE(t.h.entry(t.a).copy.in_use);
+}
+
+TEST(TierInUse, NobodyBeginsToWaitForIt) {
+  FullTier t;
+  EXPECT_FALSE(t.h.unload(t.a));
+  EXPECT_FALSE(t.h.copy_in_use(t.a));
+  t.h.forget();
+  t.h.request(t.d);
+  EXPECT_EQ(t.h.said(), (Lines{"drop_copy b"})) << "its room will come, and that of a may not";
+  EXPECT_FALSE(t.h.copy_dropped(t.b));
+  EXPECT_EQ(t.h.said(), (Lines{"unload c keep"}));
+}
+
+TEST(TierInUse, WhoWaitsForAnotherOneGoesOnWaiting) {
+  FullTier t;
+  EXPECT_FALSE(t.h.unload(t.b));
+  t.h.request(t.d);
+  EXPECT_EQ(t.h.said(), (Lines{"drop_copy b"})) << "c waits for that";
+  EXPECT_FALSE(t.h.unload(t.a));
+  t.h.forget();
+  EXPECT_FALSE(t.h.copy_in_use(t.a));
+  EXPECT_EQ(t.h.said(), Lines{});
+  EXPECT_FALSE(t.h.copy_dropped(t.b));
+  EXPECT_EQ(t.h.said(), (Lines{"unload c keep"}));
+}
+
+TEST(TierInUse, ItRepaysNoDeficit) {
+  FullTier t;
+  EXPECT_FALSE(t.h.set_tier_budget(60));
+  EXPECT_EQ(t.h.said(), (Lines{"drop_copy a"}));
+  EXPECT_FALSE(t.h.copy_in_use(t.a));
+  EXPECT_EQ(t.h.said(), (Lines{"drop_copy b"}));
+  EXPECT_FALSE(t.h.copy_dropped(t.b));
+  EXPECT_EQ(t.h.tier().deficit, Bytes{0});
+  EXPECT_EQ(t.h.tier().used(), Bytes{60});
+}
+
+TEST(TierInUse, ARemovedModelKeepsItsIdUntilItsMemoryIsBack) {
+  FullTier t;
+  EXPECT_FALSE(t.h.remove(t.a));
+  EXPECT_FALSE(t.h.copy_in_use(t.a));
+  ASSERT_TRUE(t.h.exists(t.a));
+  EXPECT_FALSE(t.h.copy_dropped(t.a));
+  EXPECT_FALSE(t.h.exists(t.a));
+  EXPECT_EQ(t.h.copy_in_use(t.a), ErrorCode::kStaleId);
+}
+
+TEST(TierInUse, WhatNeverComesBackIsQuarantinedInTheEnd) {
+  FullTier t;
+  EXPECT_FALSE(t.h.unload(t.a));
+  EXPECT_FALSE(t.h.copy_in_use(t.a));
+  EXPECT_FALSE(t.h.copy_dropped(t.a, 20));
+  EXPECT_EQ(t.h.copy_state(t.a), CopyState::kNone);
+  EXPECT_EQ(t.h.tier().draining, Bytes{0});
+  EXPECT_EQ(t.h.tier().quarantined, Bytes{40});
+  EXPECT_FALSE(t.h.reclaimed(t.a, charge({{2, 40}})));
+}
+
+TEST(TierInUse, OnlyOneThatIsBeingDroppedIs) {
+  FullTier t;
+  EXPECT_EQ(t.h.copy_in_use(t.a), ErrorCode::kWrongState) << "KEPT";
+  EXPECT_EQ(t.h.copy_in_use(t.c), ErrorCode::kWrongState) << "NONE";
+  t.h.request(t.d);
+  EXPECT_EQ(t.h.copy_in_use(t.c), ErrorCode::kWrongState) << "AWAITED";
+  EXPECT_FALSE(t.h.copy_dropped(t.a));
+  EXPECT_EQ(t.h.copy_in_use(t.c), ErrorCode::kWrongState) << "MAKING";
+}
+
 // --- Who leaves for good ------------------------------------------------------------------------
 
 TEST(TierDepartures, AnUnloadByHandTakesTheCopyAlong) {
@@ -913,6 +1000,54 @@ TEST(TierShares, AVictimFreesOnlyWhatTheNewCopyDoesNotHold) {
   EXPECT_FALSE(h.copy_dropped(a));
   EXPECT_EQ(h.said(), (Lines{"unload b keep"}));
   EXPECT_EQ(h.tier().used(), Bytes{100});
+}
+
+TEST(TierShares, WhatIsInUseStaysOnTheBooksWhenTheNextCopyOfItIsNotMade) {
+  Harness h(tiered({100}, 200));
+  const ShareId base = h.add_share(40);
+  const ModelId a = h.add_sharing("a", 10, {base});
+  const ModelId b = h.add_sharing("b", 20, {base});
+  const ModelId big = h.add("big", 100);
+  h.warm(a);
+  EXPECT_FALSE(h.set_closed(0, true));
+  EXPECT_FALSE(h.unload_done(a));
+  EXPECT_FALSE(h.set_closed(0, false));
+  h.warm(b);
+  h.request(big);
+  ASSERT_EQ(h.copy_state(b), CopyState::kMaking);
+  EXPECT_FALSE(h.unload(a));
+  EXPECT_FALSE(h.copy_in_use(a));
+  EXPECT_EQ(h.tier().draining, Bytes{10});
+  EXPECT_EQ(h.tier().reserved, Bytes{60}) << "the share is what its liveliest copy is";
+  EXPECT_FALSE(h.unload_done(b, charge({{0, 60}})));
+  EXPECT_EQ(h.copy_state(b), CopyState::kNone) << "it could not be made";
+  EXPECT_EQ(h.tier().used(), Bytes{50}) << "somebody may be reading all of a still";
+  EXPECT_EQ(h.yard().copy_exclusive(a), Bytes{50});
+  EXPECT_FALSE(h.copy_dropped(a));
+  EXPECT_EQ(h.tier().used(), Bytes{0});
+}
+
+TEST(TierShares, WhatIsInUseIsThereForTheNextCopy) {
+  // As in AShareThatIsBeingDroppedIsAsGoodAsGone, but the share stays for now.
+  Harness h(tiered({130}, 120));
+  const ShareId base = h.add_share(40);
+  const ModelId a = h.add_sharing("a", 0, {base});
+  const ModelId b = h.add_sharing("b", 80, {base});
+  const ModelId big = h.add("big", 130);
+  h.warm(a);
+  EXPECT_FALSE(h.set_closed(0, true));
+  EXPECT_FALSE(h.unload_done(a));
+  EXPECT_FALSE(h.set_closed(0, false));
+  h.warm(b);
+  EXPECT_FALSE(h.unload(a));
+  EXPECT_FALSE(h.copy_in_use(a));
+  h.forget();
+  h.request(big);
+  EXPECT_EQ(h.said(), (Lines{"unload b keep"}));
+  EXPECT_EQ(h.tier().used(), Bytes{120});
+  EXPECT_EQ(h.yard().copy_exclusive(a), Bytes{0});
+  EXPECT_FALSE(h.copy_dropped(a));
+  EXPECT_EQ(h.tier().used(), Bytes{120});
 }
 
 // --- Errors -------------------------------------------------------------------------------------

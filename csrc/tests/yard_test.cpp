@@ -1170,19 +1170,22 @@ TEST(Yard, ABigLoadIsNotStarvedBySmallOnesOnceItIsOverdue) {
   std::vector<ModelId> small;
   for (int i = 0; i < 40; ++i) small.push_back(h.add("small" + std::to_string(i), 25));
   // An endless stream of small loads: each one is used for two seconds, one a second.
+  std::vector<TicketId> tickets;
   std::vector<LeaseId> leases;
   std::size_t loaded_after = 0;
   for (std::size_t i = 0; i < small.size(); ++i) {
     h.pass(seconds{1});
-    const TicketId ticket = h.request(small[i]);
+    tickets.push_back(h.request(small[i]));
     for (std::size_t j = 0; j < i; ++j) {
       if (h.state(small[j]) == State::kUnloading) {
         EXPECT_FALSE(h.unload_done(small[j]));
       }
     }
-    if (h.state(small[i]) == State::kLoading) {
-      EXPECT_FALSE(h.load_done(small[i]));
-      leases.push_back(h.lease_of(ticket));
+    // Whose turn it is depends on how long each has waited.
+    for (std::size_t j = 0; j <= i; ++j) {
+      if (h.state(small[j]) != State::kLoading) continue;
+      EXPECT_FALSE(h.load_done(small[j]));
+      leases.push_back(h.lease_of(tickets[j]));
       if (h.now() > Harness::at(seconds{31})) ++loaded_after;
     }
     if (leases.size() > 1) {

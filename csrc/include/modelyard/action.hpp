@@ -58,6 +58,7 @@ enum class RefuseReason : std::uint8_t {
   kLoadFailed,  ///< Just now, or lately: see `failure` and `retry_after`.
   kDeadlineInQueue,
   kDeadlineInLoad,
+  kDeadlineUnreachable,  ///< It would pass before the answer: see `needs` and `retry_after`.
   kRemoved,
 };
 
@@ -79,6 +80,8 @@ struct Refuse {
   Bytes budget{};
   std::array<Holder, 3> holders{};  ///< Who holds most there, largest first; unused ones are zero.
   Duration retry_after{};           ///< Zero where waiting does not help.
+  Duration needs{};  ///< Of kDeadlineUnreachable: what it is expected to take from now,
+  Duration left{};   ///< and what is left until the deadline.
 };
 
 /// Call tick at this time. Replaces the WakeAt before it.

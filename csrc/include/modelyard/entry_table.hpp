@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -46,6 +47,7 @@ struct Ticket {
   std::uint64_t sequence{0};  ///< Order of arrival over all tickets.
   Tick arrival{};
   Tick deadline{kNever};
+  std::array<float, kMaxDevices> ahead{};  ///< Seconds of work that each device had when it came.
   TicketId previous{};  ///< Neighbours in the model's queue, oldest first; zero at the ends.
   TicketId next{};
 };
@@ -70,6 +72,7 @@ struct Copy {
   CopyState state{CopyState::kNone};
   Charge held;  ///< On the tier alone: reserved while MAKING, really held while KEPT or DROPPING.
   std::vector<ShareId> shares;  ///< Held there like `held`.
+  bool in_use{false};  ///< While DROPPING: somebody is still in its memory, see copy_in_use.
 };
 
 /// A model as the core sees it.
@@ -84,6 +87,14 @@ struct Entry {
   std::uint32_t lease_count{0};  ///< Requests that use it.
   double reload_seconds{0};      ///< What its next load is expected to take if it leaves now.
   Charge held;  ///< Reserved while LOADING; really held while RESIDENT, DRAINING or UNLOADING.
+
+  DeviceIndex home{kNoDevice};  ///< The first device it holds bytes on, since its last load: where
+                                ///< its requests are counted.
+  double demand{0};             ///< Requests for it lately, older ones fading; as of demand_at.
+  RequestClock demand_at{0};
+  Tick load_began{};  ///< Of the load that runs or was the last.
+  Tick used_since{};  ///< Since when somebody uses it; meaningful while lease_count is not 0.
+  Duration used{};    ///< How long it was in use since its last load, before used_since.
 
   std::uint32_t placement{0};      ///< The alternative in use while held is not empty.
   std::uint32_t waiting_count{0};  ///< Requests that wait for it, from the oldest to the newest.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <string_view>
@@ -42,6 +43,8 @@ enum class Why : std::uint8_t {
   kNotWorth,  ///< Loading from the copy takes no less time than from files.
 };
 
+inline constexpr std::size_t kWhyCount = static_cast<std::size_t>(Why::kNotWorth) + 1;
+
 [[nodiscard]] std::string_view to_string(Why why);
 
 [[nodiscard]] std::string_view to_string(Decision decision);
@@ -60,6 +63,16 @@ struct Explanation {
                   ///< comes back with it.
   Bytes shared_bytes{};  ///< What else the model holds, and others with it: stays when it leaves.
   Duration waited{};     ///< How long the oldest request had waited for it.
+
+  // Of a resident model that was made to leave:
+  Duration idle{};             ///< Since it was last asked for.
+  Duration stayed{};           ///< Since its load ended.
+  double expected_seconds{0};  ///< What its next load was expected to take then.
+  std::string_view rule{};     ///< By which rule it was chosen, if it was; of static storage.
+
+  // Of a load that has ended:
+  std::uint64_t waiting_count{0};  ///< Requests that had waited for it,
+  Duration waited_sum{};           ///< and for how long, all of them together.
 };
 
 /// The last decisions, oldest first. Bounded: the oldest is dropped for a new one. Not thread-safe.

@@ -46,6 +46,7 @@ struct ShadowSeconds {
 /// - Candidates are resident: the yard never shows a policy a pinned, loading or leaving model, and
 ///   a leased one only for a model that is overdue, behind every idle one.
 /// - on_budgets comes before the first request, and whenever a budget changes.
+/// - lru_missed tells of the last request only, and is as pure as score.
 /// - on_evict comes for every candidate that is made to leave, with the score it had.
 /// - keeps is as pure as score.
 /// - A policy keeps history over evictions; that a model left is no reason to forget how often it
@@ -73,7 +74,11 @@ class Policy {
   [[nodiscard]] virtual bool keeps(EntryIndex) const { return false; }
   /// The rule it goes by at the moment.
   [[nodiscard]] virtual std::string_view leader() const { return name(); }
-  /// Nothing if it runs no shadow caches.
+  /// True if a cache of the same budgets that goes by LRU did not have the model of the last
+  /// on_request. What that is for, and what it is not: see LruBill. All policies
+  /// of make_policy say it.
+  [[nodiscard]] virtual bool lru_missed() const { return false; }
+  /// Nothing if it does not go by shadow caches.
   [[nodiscard]] virtual std::optional<ShadowSeconds> shadow_seconds() const { return std::nullopt; }
 
  protected:

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <compare>
 #include <cstddef>
@@ -103,6 +104,17 @@ using Tick = YardClock::time_point;
 
 /// A time that never comes: the deadline of a request that has none.
 inline constexpr Tick kNever = Tick{Duration{std::numeric_limits<std::int64_t>::max()}};
+
+[[nodiscard]] inline double seconds_of(Duration duration) {
+  return std::chrono::duration<double>(duration).count();
+}
+
+/// Not below zero. Beyond some 290 years the cast would overflow; nobody waits that long.
+[[nodiscard]] inline Duration from_seconds(double value) {
+  constexpr double kMost = 9e9;
+  return std::chrono::duration_cast<Duration>(
+      std::chrono::duration<double>(std::clamp(value, 0.0, kMost)));
+}
 
 /// at + wait, or kNever if that is beyond it. `wait` must not be negative.
 [[nodiscard]] constexpr Tick saturating_add(Tick at, Duration wait) {

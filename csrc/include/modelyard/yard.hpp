@@ -11,17 +11,38 @@
 
 #include "modelyard/action.hpp"
 #include "modelyard/charge.hpp"
+#include "modelyard/departures.hpp"
 #include "modelyard/entry_table.hpp"
 #include "modelyard/explain.hpp"
 #include "modelyard/ledger.hpp"
+#include "modelyard/pace.hpp"
 #include "modelyard/planner.hpp"
 #include "modelyard/policy.hpp"
+#include "modelyard/regret.hpp"
 #include "modelyard/reload.hpp"
 #include "modelyard/result.hpp"
 #include "modelyard/shares.hpp"
 #include "modelyard/types.hpp"
 
 namespace modelyard {
+
+/// A model that has waited for so many times what its load takes, and for five seconds at least,
+/// may make models in use leave that have paid for their own loads amply.
+inline constexpr double kImpatientLoads = 30;
+inline constexpr Duration kLeastImpatience{std::chrono::seconds{5}};
+/// How long a model has to have been in use before others may make it leave while it is, in loads
+/// of its own: for an impatient model, and for an overdue one.
+inline constexpr double kWorkedForImpatient = 10;
+inline constexpr double kWorkedForOverdue = 1;
+/// Nobody leaves for a model whose device has to do for longer than the load takes, and this.
+inline constexpr double kPressureSlack = 0.1;
+/// After so many requests for other models a request counts half in a model's demand.
+inline constexpr double kDemandFades = 2000;
+/// A request is out of reach of its device if this many times what it is expected to take is more
+/// than it has: an estimate that is a little too low must not make everybody a little late.
+inline constexpr double kReachMargin = 1.25;
+/// Nobody is told to come again sooner.
+inline constexpr Duration kLeastRetry{std::chrono::milliseconds{10}};
 
 /// How a yard behaves. Every bound is explicit.
 struct YardOptions {
@@ -109,16 +130,40 @@ struct DeviceCounters {
 /// - I9: A share is charged once on each device where anybody holds it, as what its liveliest
 ///   holder is: resident, reserved or draining. On the host tier likewise.
 /// - I10: The host tier's account is the sum of the copies. An unload is held back only while room
-///   for its copy is being made, and only by copies that are on their way out.
+///   for its copy is being made, and only by copies that are on their way out and not in use.
 ///
-/// Scheduling. Waiting models are looked at in the order of their oldest ticket. One whose bytes
-/// are free is loaded, where most room is left; one whose bytes are on their way back keeps them to
+/// Scheduling. Waiting models are looked at in the order of their urgency,
+/// (1 + age / c) * sqrt(n): `age` of the oldest request, `c` seconds of a load, `n` requests that
+/// wait. Overdue ones come first, in the order in which they became so. A model whose bytes are
+/// free is loaded, where most room is left; one whose bytes are on their way back keeps them to
 /// itself; one that needs victims gets them if the idle models suffice, where it costs least. One
-/// that could only get room from models in use lets younger ones pass, but only until it is
-/// overdue: when its oldest request has waited for `overdue_after`, or for half the time to its
-/// deadline if a load fits into the other half. Then the cheapest set is drained for it, and what
-/// becomes free is its own. So a small load is not stuck behind a big one, a big one is not starved
-/// by small ones, and a model in endless use is asked to leave in the end.
+/// that needs the load channels of several devices and cannot have all of them keeps the free ones,
+/// except from loads that are over by the time the others are free.
+///
+/// Three rules keep models from chasing each other out. A model in use leaves only after it has
+/// been in use for as long as its load took (use before evict). Its requests are served before it
+/// leaves, so nobody is passed over by whom it leaves for (older head only). And nobody leaves for
+/// a model that would only join the queue of a device that is behind with its work by more than the
+/// load takes (back-pressure).
+///
+/// One that could only get room from models in use lets others pass, but not for ever. When it is
+/// impatient (it has waited for 30 times its load, and 5 s) models that have been in use for 10
+/// times theirs drain for it. When it is overdue, because its oldest request has waited for
+/// `overdue_after`, or for half the time to its deadline if a load fits into the other half, the
+/// cheapest set is drained for it, what becomes free is its own, and back-pressure does not hold
+/// it. So a small load is not stuck behind a big one, a big one is not starved by small ones, and a
+/// model in endless use is asked to leave in the end.
+///
+/// The bound. A request that is neither refused nor cancelled, on open devices whose models are not
+/// pinned, waits for no longer than W + (k + 1) * (L + U + R + C), where W is `overdue_after`, k is
+/// how many models were overdue before its own, L the longest load, U the longest unload, R the
+/// longest that a request uses a model, and C the seconds of a load that a model in use has to pay
+/// for. Requests that come later do not count, however many there are.
+///
+/// Deadlines. A request whose deadline is sure to pass is refused when it comes, with the time it
+/// would need: if the model is resident and its device has more to do than the time left, or if a
+/// load of the model, the last of which was measured, takes longer. If nobody else waits, the
+/// model is loaded all the same: the request may come again.
 ///
 /// Shares. What several models have in common (a share) is held by each of them and charged once.
 /// Loading a model needs the shares that are not there yet; evicting one frees those that nobody
@@ -132,7 +177,9 @@ struct DeviceCounters {
 /// they save, for the share of the tier they hold. A copy of a model that is on a device counts a
 /// quarter of that. A copy outlives the loads from it; then the model is dropped without another.
 /// One that turns out to save nothing is dropped. Who is unloaded by hand, or removed, leaves no
-/// copy. Shares are charged once on the tier too.
+/// copy. Shares are charged once on the tier too. A copy that is dropped while somebody is still in
+/// its memory holds its bytes and shares until it is back; nobody waits for it, and a copy that is
+/// made meanwhile takes its shares over as they are.
 ///
 /// Prices. What a load takes depends on where the weights come from: each model's loads are
 /// measured apart by their source. Expected is what the copy takes if there is one, else what files
@@ -145,8 +192,9 @@ struct DeviceCounters {
 /// Errors: a call with a stale id, or that does not fit the model's state, changes nothing and says
 /// so. Times that run backwards are taken as standing still.
 ///
-/// Cost: try_acquire and release of a resident model touch one entry and one lease slot. Everything
-/// else is O(waiting models + residents) at worst.
+/// Cost: try_acquire and release of a resident model touch one entry, one lease slot and one
+/// device's pace. Everything else is O(waiting models * log(waiting models) + residents * loads
+/// begun) at worst.
 ///
 /// Not thread-safe.
 class Yard {
@@ -207,10 +255,12 @@ class Yard {
 
   // --- Requests
 
-  /// The way of a hit: a lease if the model is RESIDENT, nothing (and no change) if it is not.
-  Result<std::optional<LeaseId>> try_acquire(ModelId model, Tick now);
+  /// The way of a hit: a lease if the model is RESIDENT and the deadline within reach, nothing (and
+  /// no change) if not.
+  Result<std::optional<LeaseId>> try_acquire(ModelId model, Tick now, Tick deadline = kNever);
   /// Asks for a model, resident or not. The answer to the ticket is a Grant or a Refuse among the
-  /// actions of this or a later call. A deadline that has passed is refused at once.
+  /// actions of this or a later call. A deadline that has passed, or is out of reach, is refused at
+  /// once.
   Result<TicketId> request(ModelId model, Tick now, Tick deadline, Actions& out);
   /// The request behind a ticket is gone. A load that has not begun is dropped with its last
   /// ticket; one that runs goes on.
@@ -239,6 +289,11 @@ class Yard {
   /// A copy has been dropped: `freed` is measurably back, at most copy_exclusive(model). What is
   /// missing is quarantined on the tier.
   Status copy_dropped(ModelId model, Tick now, Bytes freed, Actions& out);
+  /// Somebody is still in the memory of a copy that is being dropped, who knows for how long. It
+  /// stays DROPPING and on the books until copy_dropped, and is waited for no longer: unloads that
+  /// were held back for it are sent off. Said again it changes nothing. kWrongState unless it is
+  /// DROPPING.
+  Status copy_in_use(ModelId model, Tick now, Actions& out);
   /// The memory of a model's copy is gone, or going, without anybody having asked: a DropCopy says
   /// when to tell that it is back. kWrongState unless it is KEPT: one that is being made ends with
   /// its unload, one that is being dropped with copy_dropped.
@@ -274,6 +329,18 @@ class Yard {
   /// Bytes that models would hold more on a device if each held its shares alone. May be above
   /// kMaxBytes. O(shares).
   [[nodiscard]] Bytes saved(DeviceIndex device) const;
+  /// Seconds until a device has ended what it has been given, at its present pace; 0 while that is
+  /// not known.
+  [[nodiscard]] double backlog_seconds(DeviceIndex device) const {
+    return paces_[position(device)].backlog_seconds(now_);
+  }
+  /// The same with what has been done of what runs: changes only with leases.
+  [[nodiscard]] double work_seconds(DeviceIndex device) const {
+    return paces_[position(device)].work_seconds();
+  }
+  /// Seconds that it takes to answer a request for a model that comes now: for its device to end
+  /// what it has and this one, or for a load alone. 0 if that is not known, or the id is stale.
+  [[nodiscard]] double expected_wait_seconds(ModelId model) const;
   /// The leases on a model, in no order. O(leases).
   [[nodiscard]] std::vector<LeaseId> leases_of(ModelId model) const;
   /// The entry of a model, or null if the id is stale. Valid until the next call that changes the
@@ -291,6 +358,10 @@ class Yard {
   }
   [[nodiscard]] const YardCounters& counters() const { return counters_; }
   [[nodiscard]] const ExplainLog& explanations() const { return explain_; }
+  /// Who was made to leave, by cause and age.
+  [[nodiscard]] const Departures& departures() const { return departures_; }
+  /// What LRU would have spent on loading, to be compared with counters().load_seconds.
+  [[nodiscard]] const LruBill& lru_bill() const { return lru_bill_; }
   [[nodiscard]] std::string_view policy_name() const { return policy_->name(); }
   /// Looks at the policy: by which rule it goes, what its shadow caches cost.
   [[nodiscard]] const Policy& policy() const { return *policy_; }
@@ -335,10 +406,27 @@ class Yard {
   };
   // What one scheduling pass has left for the models it has not looked at yet.
   struct Pass;
+  // A waiting model's place in a pass: overdue ones by the time since when, then the most urgent.
+  struct Turn {
+    bool overdue{false};
+    Tick since{};
+    double urgency{0};
+    std::uint64_t sequence{0};
+    EntryIndex entry{0};
+
+    bool operator<(const Turn& other) const {
+      if (overdue != other.overdue) return overdue;
+      if (overdue && since != other.since) return since < other.since;
+      if (!overdue && urgency != other.urgency) return urgency > other.urgency;
+      return sequence < other.sequence;
+    }
+  };
   // Where room can be made, and by whom.
   struct Way {
     std::optional<Plan> plan;
     std::uint32_t placement{0};
+    double cost{0};
+    bool pressed{false};  // A device was passed over because it is behind with its work.
   };
 
   // Which holders of a share make it be there for a model that is to be loaded.
@@ -357,8 +445,10 @@ class Yard {
 
   Yard(YardOptions options, std::unique_ptr<Policy> policy);
 
-  // Every event starts with begin and ends with finish.
-  void begin(Tick now, Actions& out);
+  // Every event starts with begin and ends with finish. `bounds` says whether what models may hold
+  // at most can have changed: somebody may wait in vain then.
+  enum class Bounds { kSame, kMayDiffer };
+  void begin(Tick now, Actions& out, Bounds bounds = Bounds::kMayDiffer);
   void finish(Actions& out);
 
   void tell_policy(EntryIndex index);
@@ -394,6 +484,7 @@ class Yard {
                                                                        : entry.shares_on[placement];
   }
   [[nodiscard]] static Charge touching(const Charge& own, DeviceIndex shares_on);
+  void note_empty_placements(const Entry& entry);
   [[nodiscard]] std::optional<Bytes> with_bytes_of(std::span<const ShareId> shares,
                                                    Bytes own) const;
   [[nodiscard]] Charge needed(const Entry& entry, std::uint32_t placement, Present present) const;
@@ -448,23 +539,51 @@ class Yard {
 
   // Scheduling.
   [[nodiscard]] Tick overdue_at(const Entry& entry) const;
+  [[nodiscard]] Tick impatient_at(const Entry& entry) const;
+  [[nodiscard]] double urgency(const Entry& entry) const;
+  [[nodiscard]] std::vector<Turn> turns() const;
+  [[nodiscard]] double demand_of(const Entry& entry) const {
+    return entry.demand * kDemandFades /
+           (kDemandFades + static_cast<double>(request_clock_ - entry.demand_at));
+  }
+  [[nodiscard]] std::vector<double> demands() const;
+  [[nodiscard]] Duration used_for(const Entry& entry) const;
+  [[nodiscard]] Tick worked_at(const Entry& entry, double loads) const;
+  [[nodiscard]] double expected_wait(const Entry& entry) const;
+  [[nodiscard]] double reach(const Entry& entry) const;
+  [[nodiscard]] bool is_within_reach(const Entry& entry, Tick deadline) const;
+  [[nodiscard]] Refuse out_of_reach(const Entry& entry, Tick deadline) const;
+  [[nodiscard]] Duration channels_free_in(const Charge& touched) const;
+  // kNoDevice if the charge is empty.
+  [[nodiscard]] static DeviceIndex first_of(const Charge& charge) {
+    DeviceIndex first = kNoDevice;
+    charge.for_each([&](DeviceIndex d, Bytes) { first = std::min(first, d); });
+    return first;
+  }
+  [[nodiscard]] bool is_backed_up(const Entry& entry, const Charge& touched) const;
+  [[nodiscard]] Tick served_at(const Entry& entry, DeviceIndex device) const;
+  void refuse_hopeless(Actions& out);
   [[nodiscard]] std::optional<Refuse> impossible(const Entry& entry) const;
   [[nodiscard]] bool is_closed(const Charge& placement) const {
     return closed_device(placement) != kNoDevice;
   }
   [[nodiscard]] DeviceIndex closed_device(const Charge& placement) const;
-  [[nodiscard]] std::vector<Resident> residents(bool with_leased) const;
+  // Who may be asked to leave: the idle ones, and of those in use who have been so for `worked` of
+  // their loads.
+  [[nodiscard]] std::vector<Resident> residents(std::optional<double> worked) const;
   void fill_holders(Refuse& refusal) const;
   [[nodiscard]] Pass make_pass() const;
   [[nodiscard]] Room room() const;
   [[nodiscard]] Way cheapest_way(const Entry& entry, const Pass& pass,
-                                 std::span<const Resident> candidates, Count count) const;
+                                 std::span<const Resident> candidates, Count count,
+                                 bool under_pressure = true) const;
   void schedule(Actions& out);
   void repay_deficits(Actions& out);
-  void schedule_model(EntryIndex index, Pass& pass, Actions& out);
+  void schedule_model(const Turn& turn, Pass& pass, Actions& out);
   void evict(const Plan& plan, const Cause& cause, Actions& out);
   void wake(Actions& out);
   void explain(Decision decision, ModelId model, const Cause& cause, double score, Bytes bytes);
+  void tell_cost(Explanation& explanation);
 
   YardOptions options_;
   OwnedPolicy policy_;
@@ -479,12 +598,16 @@ class Yard {
   ShareTable shares_;
   ExplainLog explain_;
   YardCounters counters_;
+  Departures departures_;
+  LruBill lru_bill_;
   std::vector<DeviceCounters> device_counters_;
   TransferPrices prices_;
   std::vector<EntryIndex> awaited_;  // Unloads held back until there is room for a copy, in order.
   std::vector<Bytes> pinned_;     // Held by pinned models that are LOADING or RESIDENT, per device.
   std::vector<Bytes> unloading_;  // Held by models that are UNLOADING, per device.
   std::vector<std::uint32_t> loading_;  // Loads that run, per device.
+  std::vector<Tick> loaded_at_;  // When the load that began last is expected to end, per device.
+  std::vector<Pace> paces_;      // Of the requests that hold leases, by the home of their model.
   std::vector<bool> closed_;
   std::set<std::pair<std::uint64_t, EntryIndex>> waiting_;  // By the sequence of the oldest ticket.
   std::set<std::pair<Tick, TicketId>> deadlines_;
@@ -492,7 +615,10 @@ class Yard {
   std::uint64_t next_sequence_{1};
   Tick now_{};
   Tick wake_at_{kNever};
-  bool expired_{false};  // Tickets have expired since the last pass.
+  bool pass_owed_{false};          // Tickets have expired, or a wake was due, since the last pass.
+  bool look_for_hopeless_{false};  // Somebody who waits may have come to do so in vain.
+  bool some_hold_nothing_{false};  // There has been a placement that touches no device.
+  bool pressed_{false};            // The last pass held somebody back for a device's backlog.
 };
 
 }  // namespace modelyard

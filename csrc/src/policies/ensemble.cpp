@@ -36,7 +36,10 @@ void Ensemble::on_request(const Wish& wish, RequestClock now) {
       own_seconds_ += paid;
       load_ = load_ == 0 ? paid : load_ + kLoadAlpha * (paid - load_);
     }
-    if (i == 0) lru_seconds_ += paid;
+    if (i == 0) {
+      lru_seconds_ += paid;
+      lru_missed_ = paid > 0;
+    }
   }
   footprints_.set(wish);
   const double content = led_by().content_seconds();

@@ -43,6 +43,7 @@ class Ensemble final : public Policy {
   }
   [[nodiscard]] bool keeps(EntryIndex entry) const override { return led_by().holds(entry); }
   [[nodiscard]] std::string_view leader() const override { return led_by().expert().name(); }
+  [[nodiscard]] bool lru_missed() const override { return lru_missed_; }
   [[nodiscard]] std::optional<ShadowSeconds> shadow_seconds() const override {
     return ShadowSeconds{.own = own_seconds_, .lru = lru_seconds_};
   }
@@ -66,6 +67,7 @@ class Ensemble final : public Policy {
   std::vector<double> losses_;  // Seconds each expert has paid, lately.
   double own_seconds_{0};       // What the leaders have paid, each in its time.
   double lru_seconds_{0};
+  bool lru_missed_{false};
   std::size_t leader_{0};
   double load_{0};  // Seconds of one of the leaders' loads, as a mean.
   double fill_{0};  // Seconds that loading the leader's content takes, as a mean.
