@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from modelyard.events import (
         Event,
         EventType,
+        Eviction,
         Explanation,
         ResidencyChange,
         WatchPosition,
@@ -86,7 +87,9 @@ if TYPE_CHECKING:
     from modelyard.prediction import BatchItem, Prediction, Served
     from modelyard.recordings import RecordedModel, RecordedRequest, RequestRecords
     from modelyard.resources import (
+        BatchFigures,
         CopyState,
+        Departures,
         DeviceCharge,
         HostTier,
         LoadFailure,
@@ -95,11 +98,13 @@ if TYPE_CHECKING:
         ModelOwner,
         PlacedModel,
         PlacedPart,
+        Regret,
         Residency,
         ResidencyState,
         ServerInfo,
         ServerStats,
     )
+    from modelyard.routes import KeyChange, Resolution, ResolvedStep, Route, RouteUpdated
     from modelyard.tensors import Bfloat16, TensorError, from_tensor, to_tensor
     from modelyard.watch import EventWatch, RequestWatch, ResidencyWatch
 
@@ -112,6 +117,7 @@ __all__ = [
     "AnswerTooLarge",
     "AsyncClient",
     "AutomaticPlacement",
+    "BatchFigures",
     "BatchItem",
     "Bfloat16",
     "BudgetExhausted",
@@ -122,6 +128,7 @@ __all__ = [
     "CopyState",
     "DeadlineExceeded",
     "DeadlineUnreachable",
+    "Departures",
     "Device",
     "DeviceCharge",
     "DeviceForecast",
@@ -136,9 +143,11 @@ __all__ = [
     "Event",
     "EventType",
     "EventWatch",
+    "Eviction",
     "Explanation",
     "HostTier",
     "InvalidRequest",
+    "KeyChange",
     "KeyNotFound",
     "LoadFailed",
     "LoadFailure",
@@ -167,14 +176,19 @@ __all__ = [
     "Rebalanced",
     "RecordedModel",
     "RecordedRequest",
+    "Regret",
     "RequestRecords",
     "RequestWatch",
     "Residency",
     "ResidencyChange",
     "ResidencyState",
     "ResidencyWatch",
+    "Resolution",
+    "ResolvedStep",
     "ResourceExhausted",
+    "Route",
     "RouteNotFound",
+    "RouteUpdated",
     "Served",
     "ServerDraining",
     "ServerError",
@@ -208,7 +222,7 @@ _EXPORTS: Final = (
         "PlacementInvalid PreconditionFailed QueueFull ResourceExhausted "
         "RouteNotFound ServerDraining ServerError ServerUnavailable Violation WorkerLost",
     ),
-    ("events", "Event EventType Explanation ResidencyChange WatchPosition"),
+    ("events", "Event EventType Eviction Explanation ResidencyChange WatchPosition"),
     ("placements", "AutomaticPlacement PlacementStrategy read_placement"),
     (
         "plans",
@@ -219,9 +233,10 @@ _EXPORTS: Final = (
     ("recordings", "RecordedModel RecordedRequest RequestRecords"),
     (
         "resources",
-        "CopyState DeviceCharge HostTier LoadFailure ManagedDevice Model ModelOwner PlacedModel "
-        "PlacedPart Residency ResidencyState ServerInfo ServerStats",
+        "BatchFigures CopyState Departures DeviceCharge HostTier LoadFailure ManagedDevice Model "
+        "ModelOwner PlacedModel PlacedPart Regret Residency ResidencyState ServerInfo ServerStats",
     ),
+    ("routes", "KeyChange Resolution ResolvedStep Route RouteUpdated"),
     ("tensors", "Bfloat16 TensorError from_tensor to_tensor"),
     ("watch", "EventWatch RequestWatch ResidencyWatch"),
 )

@@ -7,13 +7,16 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Final
 
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from modelyard._device_messages import placement_from
 from modelyard._predict_messages import seconds_from
 from modelyard._struct_messages import struct_to_dict
 from modelyard.resources import (
+    BatchFigures,
     CopyState,
+    Departures,
     DeviceCharge,
     HostTier,
     LoadFailure,
@@ -21,6 +24,7 @@ from modelyard.resources import (
     ModelOwner,
     PlacedModel,
     PlacedPart,
+    Regret,
     Residency,
     ResidencyState,
     ServerInfo,
@@ -158,6 +162,47 @@ def server_stats_from(message: admin_service_pb2.GetStatsResponse) -> ServerStat
         peak_process_resident_bytes=message.peak_process_resident_bytes,
         worker_resident_bytes=message.worker_resident_bytes,
         host_tier=_tier_from(message.host_tier) if message.HasField("host_tier") else None,
+        recent_load_s=seconds_from(message.recent_load_duration),
+        regret=_regret_from(message.regret) if message.HasField("regret") else None,
+        departures=_departures_from(message.departures) if message.HasField("departures") else None,
+        batches=_batches_from(message.batches) if message.HasField("batches") else None,
+    )
+
+
+def _regret_from(message: admin_service_pb2.Regret) -> Regret:
+    return Regret(
+        lru_load_s=seconds_from(message.lru_load_duration),
+        regret_s=seconds_from(message.regret_duration),
+    )
+
+
+def _departures_from(message: admin_service_pb2.Departures) -> Departures:
+    fields: Message = message
+
+    def age(name: str) -> float | None:
+        return seconds_from(getattr(message, name)) if fields.HasField(name) else None
+
+    return Departures(
+        counts=dict(sorted(message.counts.items())),
+        age_count=message.age_count,
+        median_idle_s=age("median_idle_duration"),
+        p90_idle_s=age("p90_idle_duration"),
+        median_resident_s=age("median_resident_duration"),
+        p90_resident_s=age("p90_resident_duration"),
+    )
+
+
+def _batches_from(message: admin_service_pb2.BatchFigures) -> BatchFigures:
+    return BatchFigures(
+        batch_count=message.batch_count,
+        request_count=message.request_count,
+        row_count=message.row_count,
+        largest_request_count=message.largest_request_count,
+        largest_row_count=message.largest_row_count,
+        alone_count=message.alone_count,
+        unshared_count=message.unshared_count,
+        split_count=message.split_count,
+        padding_ratio=message.padding_ratio if message.HasField("padding_ratio") else None,
     )
 
 

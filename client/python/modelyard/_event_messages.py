@@ -6,9 +6,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from google.protobuf.message import Message
+
 from modelyard._admin_messages import residency_from, time_from
 from modelyard._predict_messages import seconds_from
-from modelyard.events import Event, EventType, Explanation, ResidencyChange, WatchPosition
+from modelyard.events import (
+    Event,
+    EventType,
+    Eviction,
+    Explanation,
+    ResidencyChange,
+    WatchPosition,
+)
 from modelyard.v1 import event_pb2, residency_service_pb2
 
 __all__ = ["event_from", "explanation_from", "residency_change_from"]
@@ -34,12 +43,34 @@ def event_from(message: event_pb2.Event) -> Event:
         cause=message.cause,
         size_bytes=message.size_bytes,
         score=message.score if message.HasField("score") else None,
-        waited_s=seconds_from(message.waited) if message.HasField("waited") else None,
-        load_s=seconds_from(message.load_duration) if message.HasField("load_duration") else None,
+        waited_s=_seconds(message, "waited"),
+        load_s=_seconds(message, "load_duration"),
         description=message.description,
         identity=message.identity,
         shared_bytes=message.shared_bytes,
+        rule=message.rule,
+        expected_load_s=_seconds(message, "expected_load_duration"),
+        idle_s=_seconds(message, "idle_duration"),
+        resident_s=_seconds(message, "resident_duration"),
+        waited_request_count=message.waited_request_count,
+        waited_sum_s=_seconds(message, "waited_sum"),
     )
+
+
+def _eviction_from(message: residency_service_pb2.Eviction) -> Eviction:
+    return Eviction(
+        event=event_from(message.event),
+        waited_request_count=message.waited_request_count,
+        longest_wait_s=_seconds(message, "longest_wait"),
+        waited_sum_s=_seconds(message, "waited_sum"),
+        reload_s=_seconds(message, "reload_duration"),
+        reloaded_at=time_from(message.reload_time) if message.HasField("reload_time") else None,
+        failed_load_count=message.failed_load_count,
+    )
+
+
+def _seconds(message: Message, name: str) -> float | None:
+    return seconds_from(getattr(message, name)) if message.HasField(name) else None
 
 
 def explanation_from(message: residency_service_pb2.ExplainModelResponse) -> Explanation:
@@ -49,6 +80,7 @@ def explanation_from(message: residency_service_pb2.ExplainModelResponse) -> Exp
         events=tuple(map(event_from, message.events)),
         summary=message.summary,
         truncated=message.truncated,
+        evictions=tuple(map(_eviction_from, message.evictions)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from modelyard.devices import Device
 
-__all__ = ["device_name", "device_text", "model_id", "model_name"]
+__all__ = ["device_name", "device_text", "model_id", "model_name", "route_id", "route_name"]
 
 
 def device_name(device: Device | str) -> str:
@@ -44,3 +44,19 @@ def model_id(model: str) -> str:
 def model_name(model: str) -> str:
     """Return the resource name of a model. Raises as ``model_id``."""
     return f"models/{model_id(model)}"
+
+
+def route_id(route: str) -> str:
+    """Return the id of a route that is given by its id or resource name.
+
+    Raises:
+        TypeError: no str.
+    """
+    if not isinstance(route, str):
+        raise TypeError(f"route must be a str, got {type(route).__name__}")
+    return route.removeprefix("routes/")
+
+
+def route_name(route: str) -> str:
+    """Return the resource name of a route. Raises as ``route_id``."""
+    return f"routes/{route_id(route)}"

@@ -218,6 +218,11 @@ class ResumingStream(Generic[_MessageT]):
                 self._position = self._position_of(message)
         except grpc.RpcError as error:
             return received, error_from_rpc(error, target=self._connection.settings.target)
+        finally:
+            # gRPC's call takes a lock when it is deleted. One that lives until the program ends
+            # may find it held by a thread of gRPC's that is gone: the program would never end.
+            with self._lock:
+                self._call = None
         ended = errors.ServerUnavailable(
             f"the server at {self._connection.settings.target} ended the watch",
             code=grpc.StatusCode.UNAVAILABLE,

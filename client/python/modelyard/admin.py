@@ -1,4 +1,4 @@
-"""The blocking client for operators: models, devices, memory, and the server itself."""
+"""The blocking client for operators: models, routes, devices, memory, and the server itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from modelyard import _admin_messages
 from modelyard._admin_devices import DeviceCalls
 from modelyard._admin_models import UNSET, ModelCalls, Unset
 from modelyard._admin_residencies import ResidencyCalls
+from modelyard._admin_routes import RouteCalls
 from modelyard._connection import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TARGET,
@@ -26,17 +27,18 @@ from modelyard.v1.admin_service_pb2_grpc import AdminServiceStub
 from modelyard.v1.device_service_pb2_grpc import DeviceServiceStub
 from modelyard.v1.model_service_pb2_grpc import ModelServiceStub
 from modelyard.v1.residency_service_pb2_grpc import ResidencyServiceStub
+from modelyard.v1.route_service_pb2_grpc import RouteServiceStub
 from modelyard.watch import EventWatch, RequestWatch
 
 __all__ = ["UNSET", "Admin", "Unset"]
 
 
-class Admin(ModelCalls, DeviceCalls, ResidencyCalls):
-    """Registers models, changes budgets and the device plan, and tells what a server holds.
+class Admin(ModelCalls, RouteCalls, DeviceCalls, ResidencyCalls):
+    """Registers models and routes, changes budgets and the plan, and tells what a server holds.
 
-    Models are named by their id (``sentiment``) or resource name (``models/sentiment``); devices
-    by a ``Device``, its text (``cuda:1``), its id (``cuda-1``) or its resource name. May be shared
-    between threads. Use it as a context manager or call ``close``.
+    Models and routes are named by their id (``sentiment``) or resource name (``models/sentiment``);
+    devices by a ``Device``, its text (``cuda:1``), its id (``cuda-1``) or its resource name. May be
+    shared between threads. Use it as a context manager or call ``close``.
 
     Every method takes ``timeout_s``, the seconds it may take (None takes the client's), and raises
     ``TypeError`` or ``ValueError`` for arguments that cannot be sent, ``ModelyardError`` for what
@@ -75,6 +77,7 @@ class Admin(ModelCalls, DeviceCalls, ResidencyCalls):
         self._devices = DeviceServiceStub(channel)
         self._models = ModelServiceStub(channel)
         self._residencies = ResidencyServiceStub(channel)
+        self._routes = RouteServiceStub(channel)
 
     def info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """Return what the server is."""

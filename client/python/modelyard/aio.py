@@ -23,10 +23,13 @@ from modelyard._predict_messages import (
     prediction_from,
     results_from,
 )
+from modelyard._route_messages import resolution_from, resolve_request
 from modelyard._status import reading_answer
 from modelyard.errors import ModelyardError
 from modelyard.prediction import Prediction
+from modelyard.routes import Resolution
 from modelyard.v1.inference_service_pb2_grpc import InferenceServiceStub
+from modelyard.v1.route_service_pb2_grpc import RouteServiceStub
 
 __all__ = ["AsyncClient"]
 
@@ -112,6 +115,20 @@ class AsyncClient:
         response = await self._connection.call(stub.PredictBatch, request, timeout_s)
         with reading_answer(self._connection.settings.target):
             return results_from(response, len(request.items))
+
+    async def resolve(self, key: str, *, timeout_s: float | None = None) -> Resolution:
+        """Return what a request for a key would do now, as ``Client.resolve`` does.
+
+        Raises:
+            KeyNotFound, InvalidRequest: as named.
+            ModelyardError: any other failure.
+            TypeError: no str.
+            RuntimeError: the client is closed, or in use on another event loop.
+        """
+        request = resolve_request(key)
+        stub = RouteServiceStub(self._connection.channel())
+        response = await self._connection.call(stub.ResolveRoute, request, timeout_s)
+        return resolution_from(key, response)
 
     async def close(self) -> None:
         """Close the connection; calls under way are cancelled."""

@@ -23,10 +23,13 @@ from modelyard._predict_messages import (
     prediction_from,
     results_from,
 )
+from modelyard._route_messages import resolution_from, resolve_request
 from modelyard._status import reading_answer
 from modelyard.errors import ModelyardError
 from modelyard.prediction import Prediction
+from modelyard.routes import Resolution
 from modelyard.v1.inference_service_pb2_grpc import InferenceServiceStub
+from modelyard.v1.route_service_pb2_grpc import RouteServiceStub
 
 __all__ = ["Client"]
 
@@ -71,6 +74,7 @@ class Client:
             )
         )
         self._stub = InferenceServiceStub(self._connection.channel)
+        self._routes = RouteServiceStub(self._connection.channel)
 
     def predict(
         self,
@@ -136,6 +140,23 @@ class Client:
         response = self._connection.call(self._stub.PredictBatch, request, timeout_s)
         with reading_answer(self._connection.settings.target):
             return results_from(response, len(request.items))
+
+    def resolve(self, key: str, *, timeout_s: float | None = None) -> Resolution:
+        """Return what a request for a key would do now; nothing is run or loaded.
+
+        Args:
+            key: what would be asked for.
+            timeout_s: seconds the call may take; None takes the client's.
+
+        Raises:
+            KeyNotFound, InvalidRequest: as named.
+            ModelyardError: any other failure.
+            TypeError: no str.
+            RuntimeError: the client is closed.
+        """
+        request = resolve_request(key)
+        response = self._connection.call(self._routes.ResolveRoute, request, timeout_s)
+        return resolution_from(key, response)
 
     def close(self) -> None:
         """Close the connection; calls that other threads have under way end with an error."""

@@ -12,7 +12,14 @@ from enum import Enum
 
 from modelyard.resources import Residency
 
-__all__ = ["Event", "EventType", "Explanation", "ResidencyChange", "WatchPosition"]
+__all__ = [
+    "Event",
+    "EventType",
+    "Eviction",
+    "Explanation",
+    "ResidencyChange",
+    "WatchPosition",
+]
 
 
 class EventType(Enum):
@@ -68,6 +75,12 @@ class EventType(Enum):
     """A copy of an evicted model's weights is on the host tier."""
     COPY_DROPPED = "copy_dropped"
     """A model's copy leaves the host tier; ``cause`` is for whom, ``score`` why this one."""
+    ROUTE_CREATED = "route_created"
+    """A route was registered; it is the subject."""
+    ROUTE_UPDATED = "route_updated"
+    """A route was changed: its keys, or what they mean."""
+    ROUTE_DELETED = "route_deleted"
+    """A route was deleted: its keys mean nothing now."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -91,6 +104,12 @@ class Event:
         description: for people.
         identity: who asked, as they call themselves; empty if unknown.
         shared_bytes: what the model holds besides ``size_bytes``, and others with it.
+        rule: by which rule a model was chosen to leave; empty if nobody chose.
+        expected_load_s: what loading it again was expected to take when it was told to leave.
+        idle_s: how long it had not been asked for then.
+        resident_s: how long it had been there then.
+        waited_request_count: how many requests had waited for a load that ended.
+        waited_sum_s: how long these had waited, all of them together.
     """
 
     revision: int
@@ -105,6 +124,36 @@ class Event:
     description: str
     identity: str
     shared_bytes: int = 0
+    rule: str = ""
+    expected_load_s: float | None = None
+    idle_s: float | None = None
+    resident_s: float | None = None
+    waited_request_count: int = 0
+    waited_sum_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Eviction:
+    """One time that a model had to leave, why, and what it cost.
+
+    Args:
+        event: that told it to leave.
+        waited_request_count: requests that waited for its next load.
+        longest_wait_s: how long the first of them waited; None if nobody did, or there was no such
+            load yet.
+        waited_sum_s: how long they waited, all of them together; None likewise.
+        reload_s: how long that load took; None if there was none yet.
+        reloaded_at: when it ended; None likewise.
+        failed_load_count: loads that failed or were stopped in between.
+    """
+
+    event: Event
+    waited_request_count: int
+    longest_wait_s: float | None
+    waited_sum_s: float | None
+    reload_s: float | None
+    reloaded_at: datetime | None
+    failed_load_count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,12 +165,14 @@ class Explanation:
         events: about it, and those it was the cause of, oldest first.
         summary: one or two sentences, for people.
         truncated: True if older events have been dropped from the log.
+        evictions: each time that it had to leave, as far as ``events`` tell, oldest first.
     """
 
     residency: Residency | None
     events: tuple[Event, ...]
     summary: str
     truncated: bool
+    evictions: tuple[Eviction, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

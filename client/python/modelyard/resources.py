@@ -16,7 +16,9 @@ from modelyard.devices import Device
 from modelyard.placements import Placement
 
 __all__ = [
+    "BatchFigures",
     "CopyState",
+    "Departures",
     "DeviceCharge",
     "HostTier",
     "LoadFailure",
@@ -25,6 +27,7 @@ __all__ = [
     "ModelOwner",
     "PlacedModel",
     "PlacedPart",
+    "Regret",
     "Residency",
     "ResidencyState",
     "ServerInfo",
@@ -364,6 +367,73 @@ class HostTier:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Regret:
+    """What a server spends on loading, beside what a cache that evicts by LRU would have.
+
+    That one is a shadow of the same devices and budgets, asked for the same models one after the
+    other. It has no pins, nothing in its way, and no host tier: single seconds do not compare.
+
+    Args:
+        lru_load_s: what LRU would have spent.
+        regret_s: what the server has spent, less that; negative if it has spent less.
+    """
+
+    lru_load_s: float
+    regret_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departures:
+    """Which models had to leave, and how old they were.
+
+    Args:
+        counts: models that were told to leave, by cause: ``MODEL`` (for another one), ``BUDGET``,
+            ``DEVICE_DRAINED``, ``OPERATOR``, ``REMOVED``, ``LOST``; without zeros.
+        age_count: of how many models the ages are: the last 256 that were chosen to leave. The
+            ages are None without any.
+        median_idle_s: half of them had been asked for more lately than this.
+        p90_idle_s: nine in ten had.
+        median_resident_s: half of them had been loaded more lately than this.
+        p90_resident_s: nine in ten had.
+    """
+
+    counts: Mapping[str, int]
+    age_count: int
+    median_idle_s: float | None
+    p90_idle_s: float | None
+    median_resident_s: float | None
+    p90_resident_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchFigures:
+    """What was run, alone and together.
+
+    Args:
+        batch_count: runs that requests could share, those included that one had for itself.
+        request_count: requests that were in them.
+        row_count: rows of these.
+        largest_request_count: most requests that one of them had.
+        largest_row_count: most rows that one of them had.
+        alone_count: of ``request_count``, those that had a run for themselves.
+        unshared_count: requests that cannot share a run; in none of the above.
+        split_count: batches that failed and were run again in parts.
+        padding_ratio: share of what they computed that was padding to the longest of another
+            request, at most: some models compute less of it. None if nothing was computed.
+    """
+
+    batch_count: int
+    request_count: int
+    row_count: int
+    largest_request_count: int
+    largest_row_count: int
+    alone_count: int
+    unshared_count: int
+    split_count: int
+    padding_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStats:
     """What a server has done since it started.
 
@@ -383,6 +453,11 @@ class ServerStats:
         worker_resident_bytes: memory of the processes that models run in, where the server has
             such.
         host_tier: copies of evicted models; None on a server without a host tier.
+        recent_load_s: seconds of those loads that ended in the last minute.
+        regret: what LRU would have spent on loading. This and the following are None on a server
+            that is older than they are.
+        departures: which models had to leave.
+        batches: what was run, alone and together.
     """
 
     answered_count: int
@@ -399,3 +474,7 @@ class ServerStats:
     peak_process_resident_bytes: int
     worker_resident_bytes: int = 0
     host_tier: HostTier | None = None
+    recent_load_s: float = 0.0
+    regret: Regret | None = None
+    departures: Departures | None = None
+    batches: BatchFigures | None = None
