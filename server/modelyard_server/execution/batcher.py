@@ -23,6 +23,9 @@ The rule, in its order:
                 would not fit is left for later, and the next is looked at.
     padding     Rows are padded to the longest. A request joins if that padding costs no more than
                 the pass it would have had for itself.
+    time        All of a batch end together, so a long one makes those wait that would have been
+                done, and those that stand behind it. What sharing brings is had long before a
+                quarter of a second of computing: a batch that would take longer is closed.
 
 Nothing here runs, prepares or knows a job: the caller looks at those that are asked for, which for
 a text is when it is tokenized, and once.
@@ -44,6 +47,9 @@ __all__ = ["PATIENCE", "BatchLimits", "Ended", "Line", "Taken"]
 PATIENCE: Final = 16
 """How many batches of its model may pass over a job that was there before some of theirs."""
 
+_MOST_REMEMBERED: Final = 4096
+"""Models of which is remembered what their runs take."""
+
 _LOOKS_A_ROW: Final = 4
 """Jobs that are looked at for each row that a batch may have: those that do not fit cost time."""
 
@@ -55,17 +61,21 @@ class BatchLimits:
     Attributes:
         most_rows: most rows; 1 for no batches at all.
         most_bytes: most bytes of inputs, padded.
+        most_seconds: most that it is to compute, by what runs of its model have taken.
 
     Raises:
-        ValueError: a limit below 1.
+        ValueError: a limit below 1, or no time.
     """
 
     most_rows: int = 64
     most_bytes: int = 64 * 2**20
+    most_seconds: float = 0.25
 
     def __post_init__(self) -> None:
         if self.most_rows < 1 or self.most_bytes < 1:
             raise ValueError("a batch has at least 1 row and 1 byte")
+        if not self.most_seconds > 0:
+            raise ValueError("a batch has some time")
 
 
 class Ended(enum.Enum):
@@ -91,11 +101,19 @@ class Taken(Generic[J]):
         prepared: what is known of each of the batch, in the same order; empty for one that cannot
             share a run.
         ended: jobs that need not run.
+        group: of the batch; None if it is empty.
     """
 
     batch: list[J] = field(default_factory=list)
     prepared: list[Prepared] = field(default_factory=list)
     ended: list[J] = field(default_factory=list)
+    group: Hashable = None
+
+    @property
+    def cells(self) -> int:
+        """Rows times width of what is to be computed, padded."""
+        rows = sum(request.rows for request in self.prepared)
+        return rows * max((request.width for request in self.prepared), default=0)
 
 
 @dataclass(slots=True)
@@ -108,6 +126,9 @@ class _Entry(Generic[J]):
 class Line(Generic[J]):
     """The jobs that wait for a lane. Not thread-safe.
 
+    Whoever has waited longest is served first, wherever he has waited: places are in the order of
+    `since`, and of their coming where that is the same.
+
     Invariants: as many places as jobs; a group is remembered only while it has jobs.
 
     Args:
@@ -116,28 +137,48 @@ class Line(Generic[J]):
 
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
-        self._places: deque[_Group[J]] = deque()
+        self._places: list[tuple[float, int, _Group[J]]] = []  # A heap.
         self._groups: dict[Hashable, _Group[J]] = {}
         self._next = 0
         self._count = 0
+        # Seconds for each cell, by group; groups that ran longest ago are forgotten.
+        self._cell_seconds: dict[Hashable, float] = {}
+
+    def note_run(self, taken: Taken[J], seconds: float) -> None:
+        """Tells what a batch has taken.
+
+        Args:
+            taken: the batch, of jobs that can share a run.
+            seconds: of computing.
+        """
+        cells = taken.cells
+        if not cells:
+            return
+        before = self._cell_seconds.pop(taken.group, None)
+        now = seconds / cells
+        self._cell_seconds[taken.group] = now if before is None else (before + now) / 2
+        if len(self._cell_seconds) > _MOST_REMEMBERED:
+            del self._cell_seconds[next(iter(self._cell_seconds))]
 
     def __len__(self) -> int:
         """Jobs in line."""
         return self._count
 
-    def add(self, job: J, group: Hashable, client: str) -> None:
-        """Puts a job at the end of the line.
+    def add(self, job: J, group: Hashable, client: str, since: float = 0.0) -> None:
+        """Puts a job into the line, before those that have waited for less.
 
         Args:
             job: that is to run.
             group: of the jobs that may run together with it.
             client: whose job it is, for turns among those of the group.
+            since: when it began to wait, in seconds of any clock that all jobs share. In a group
+                jobs keep the order in which they were added.
         """
         found = self._groups.get(group)
         if found is None:
             found = self._groups[group] = _Group(group)
         found.add(_Entry(self._next, job), client)
-        self._places.append(found)
+        heapq.heappush(self._places, (since, self._next, found))
         self._next += 1
         self._count += 1
 
@@ -152,11 +193,11 @@ class Line(Generic[J]):
             the jobs of the model whose turn it was.
         """
         while self._places:
-            group = self._places.popleft()
+            _, _, group = heapq.heappop(self._places)
             if group.used_places:
                 group.used_places -= 1
                 continue
-            taken = group.take(self._limits, look)
+            taken = group.take(self._limits, look, self._cell_seconds.get(group.key, 0.0))
             gone = len(taken.batch) + len(taken.ended)
             group.used_places = gone - 1
             self._count -= gone
@@ -191,9 +232,9 @@ class _Group(Generic[J]):
         waiting.append(entry)
         self.count += 1
 
-    def take(self, limits: BatchLimits, look: Look[J]) -> Taken[J]:
+    def take(self, limits: BatchLimits, look: Look[J], cell_seconds: float) -> Taken[J]:
         """Takes a batch; at least one job, as there is one."""
-        taken: Taken[J] = Taken()
+        taken: Taken[J] = Taken(group=self.key)
         aside: list[tuple[str, _Entry[J]]] = []
         turns = [
             (self._had_rows[client], waiting[0].number, client)
@@ -201,7 +242,7 @@ class _Group(Generic[J]):
         ]
         heapq.heapify(turns)
         self._put_first(turns)
-        size = _Size(limits)
+        size = _Size(limits, cell_seconds)
         newest = looks = 0
         while turns and not size.is_full and looks < _LOOKS_A_ROW * size.most_rows:
             _, _, client = turns[0]
@@ -256,8 +297,10 @@ class _Group(Generic[J]):
 class _Size:
     """How large a batch has become."""
 
-    def __init__(self, limits: BatchLimits) -> None:
+    def __init__(self, limits: BatchLimits, cell_seconds: float) -> None:
         self.most_rows = limits.most_rows
+        self._most_seconds = limits.most_seconds
+        self._cell_seconds = cell_seconds
         self.is_full = False
         self._most_bytes = limits.most_bytes
         self._first: Prepared | None = None
@@ -281,7 +324,9 @@ class _Size:
         self._rows += seen.rows
         self._width = max(self._width, seen.width)
         self._row_bytes = max(self._row_bytes, seen.row_bytes)
-        self.is_full = self._rows >= self.most_rows
+        # Full as well if one more row like the longest would take it over its time.
+        more = (self._rows + 1) * self._width * self._cell_seconds
+        self.is_full = self._rows >= self.most_rows or more > self._most_seconds
         return True
 
     def _suits(self, seen: Prepared, first: Prepared) -> bool:
@@ -289,6 +334,8 @@ class _Size:
         if seen.key != first.key or rows > min(self.most_rows, seen.most_rows):
             return False
         if rows * max(self._row_bytes, seen.row_bytes) > self._most_bytes:
+            return False
+        if rows * max(self._width, seen.width) * self._cell_seconds > self._most_seconds:
             return False
         apart = self._rows * self._width + seen.rows * seen.width + seen.pass_cost
         return rows * max(self._width, seen.width) <= apart

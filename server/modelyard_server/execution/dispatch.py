@@ -25,6 +25,7 @@ async def run_leased(
     parameters: Mapping[str, JsonValue],
     timeout_s: float,
     client: Callable[[], str] = nobody,
+    waited_s: float = 0.0,
 ) -> tuple[TensorValue, ...]:
     """Runs a request and returns its outputs. Takes the lease over: it is given back in any case.
 
@@ -35,6 +36,7 @@ async def run_leased(
         parameters: of this run.
         timeout_s: how long the caller will wait.
         client: says whose request it is; see Engine.run.
+        waited_s: for how long it has waited already; see Engine.run.
 
     Raises:
         Refusal: DEADLINE_IN_RUN. The work is counted until it ends.
@@ -45,7 +47,9 @@ async def run_leased(
     """
     pending = _Pending(lease)
     try:
-        work = engine.run(lease.handle.core_id, inputs, parameters, pending.settle, client)
+        work = engine.run(
+            lease.handle.core_id, inputs, parameters, pending.settle, client, waited_s
+        )
     except BaseException:
         lease.release()
         raise

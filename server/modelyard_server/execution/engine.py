@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from modelyard_server.execution.figures import LaneFigures
 from modelyard_server.runtimes.api import JsonValue, LoadSource, ModelSpec, Price
 from modelyard_server.runtimes.targets import Target
 from modelyard_server.runtimes.tensors import TensorValue
@@ -260,6 +261,7 @@ class Engine(Protocol):
         parameters: Mapping[str, JsonValue],
         on_done: Callable[[RunOutcome | None], None],
         client: Callable[[], str] = nobody,
+        waited_s: float = 0.0,
     ) -> Work:
         """Runs a model on the lane of its home device, alone or with others that wait for it.
 
@@ -271,6 +273,8 @@ class Engine(Protocol):
                 the error; with None if it was abandoned before it began.
             client: says whose request it is, any text. Requests that wait for the same model take
                 turns by it. Asked here and now, or not at all.
+            waited_s: for how long the request has waited already, for its model to be loaded: it
+                takes its place in the lane before those that have waited for less.
         """
 
     def set_budget(self, device: int, budget_bytes: int) -> None:
@@ -285,6 +289,10 @@ class Engine(Protocol):
 
     def memory(self, device: int) -> DeviceMemory:
         """What is measured on a device."""
+
+    @property
+    def figures(self) -> LaneFigures:
+        """What all lanes have run together since the engine was made."""
 
     @property
     def copies(self) -> DeviceMemory:

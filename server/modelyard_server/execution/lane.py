@@ -18,9 +18,11 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
+from time import monotonic, thread_time
 from typing import Any, Final, Protocol, TypeVar
 
 from modelyard_server.execution.batcher import BatchLimits, Ended, Line, Taken
+from modelyard_server.execution.figures import LaneFigures
 from modelyard_server.runtimes.api import Prepared
 
 __all__ = ["Lane", "LaneFigures", "LaneJob", "Seat", "Together"]
@@ -34,7 +36,14 @@ _ALONE: Final = BatchLimits(most_rows=1)
 
 
 class Together(Protocol):
-    """Runs jobs of one kind together. In the lane's thread only. Its methods are not to raise."""
+    """Runs jobs of one kind together. In the lane's thread only. Its methods are not to raise.
+
+    Attributes:
+        split_count: how often its last run_batch found that a batch, or a part of one, had failed
+            and was to be run again in parts.
+    """
+
+    split_count: int
 
     def prepare(self) -> Prepared | BaseException | None:
         """Makes one job ready.
@@ -58,32 +67,13 @@ class Seat:
         group: of the jobs that may run together.
         client: whose it is; empty if that is not known. Clients of a group take turns.
         together: makes this job ready, and runs others of its group with it.
+        since: when its request began to wait, by time.monotonic.
     """
 
     group: Hashable
     client: str
     together: Together
-
-
-@dataclass(slots=True)
-class LaneFigures:
-    """What a lane has run.
-
-    Attributes:
-        batch_count: runs that requests could share, those included that one had for itself.
-        request_count: requests that were in them.
-        row_count: their rows.
-    """
-
-    batch_count: int = 0
-    request_count: int = 0
-    row_count: int = 0
-
-    def add(self, other: LaneFigures) -> None:
-        """Adds those of another lane."""
-        self.batch_count += other.batch_count
-        self.request_count += other.request_count
-        self.row_count += other.row_count
+    since: float
 
 
 class LaneJob:
@@ -97,6 +87,7 @@ class LaneJob:
     Attributes:
         run: what the lane's thread calls; None afterwards, so that a finished job holds no model.
         seat: where it belongs; None afterwards.
+        is_brief: it was submitted as one that takes less than a thread would.
         prepared: what is known of it once the lane has looked at it; None afterwards.
         on_done: called on the event loop, once, when the work has really ended or was dropped.
         result: what run returned, once done.
@@ -109,6 +100,7 @@ class LaneJob:
         "_wanted",
         "dropped",
         "error",
+        "is_brief",
         "is_looked_at",
         "on_done",
         "prepared",
@@ -127,6 +119,7 @@ class LaneJob:
         self.seat = seat
         self.prepared: Prepared | None = None
         self.is_looked_at = False
+        self.is_brief = False
         self.on_done = on_done
         self.result: Any = None
         self.error: BaseException | None = None
@@ -154,16 +147,22 @@ class Lane:
         name: of the thread, for people who look at stacks.
         loop: where outcomes go.
         limits: of batches; None for none: every job runs alone.
+        on_ran: is told the figures whenever they have changed, where they have; must not raise.
 
     Attributes:
-        figures: what it has run; written by its thread alone.
+        figures: what it has run. Written by its thread, and by the loop's while that is idle.
     """
 
     def __init__(
-        self, name: str, loop: asyncio.AbstractEventLoop, limits: BatchLimits | None = None
+        self,
+        name: str,
+        loop: asyncio.AbstractEventLoop,
+        limits: BatchLimits | None = None,
+        on_ran: Callable[[LaneFigures], None] | None = None,
     ) -> None:
         self._loop = loop
         self._limits = limits or _ALONE
+        self._on_ran = on_ran
         self.figures = LaneFigures()
         self._jobs: SimpleQueue[LaneJob | None] = SimpleQueue()
         self._done: deque[LaneJob] = deque()
@@ -188,10 +187,12 @@ class Lane:
         Its on_done has been called when this returns; unless others are before it, behind whom it
         waits its turn.
         """
+        job.is_brief = True
         if self._unfinished:
             self.submit(job)
             return
         _run(job)
+        self._note_unshared()
         job.on_done(job)
 
     async def call(self, function: Callable[[], T]) -> T:
@@ -252,9 +253,9 @@ class Lane:
             if job is None:
                 is_last = True
             elif job.seat is None:
-                line.add(job, job, "")
+                line.add(job, job, "", monotonic())
             else:
-                line.add(job, job.seat.group, job.seat.client)
+                line.add(job, job.seat.group, job.seat.client, job.seat.since)
         return is_last
 
     def _run_next(self, line: Line[LaneJob]) -> None:
@@ -262,17 +263,32 @@ class Lane:
         if taken.ended:
             self._tell(taken.ended)
         if taken.prepared:
-            _run_together(taken)
-            self.figures.batch_count += 1
-            self.figures.request_count += len(taken.batch)
-            self.figures.row_count += sum(request.rows for request in taken.prepared)
+            # Of this thread: what others compute meanwhile is not the batch's fault.
+            began = thread_time()
+            split_count = _run_together(taken)
+            if not split_count:
+                line.note_run(taken, thread_time() - began)
+            self.figures.note_batch(taken.prepared, split_count)
+            self._tell_figures()
         else:
             for job in taken.batch:
+                # What has no seat may be anything that is to be done in this thread.
+                is_request = job.seat is not None or job.is_brief
                 _run(job)
+                if is_request and not job.dropped:
+                    self._note_unshared()
                 del job
         if taken.batch:
             self._tell(taken.batch)
         del taken  # An error that was raised in a job remembers this frame.
+
+    def _note_unshared(self) -> None:
+        self.figures.unshared_count += 1
+        self._tell_figures()
+
+    def _tell_figures(self) -> None:
+        if self._on_ran is not None:
+            self._on_ran(self.figures)
 
     def _tell(self, jobs: Sequence[LaneJob]) -> None:
         self._done.extend(jobs)
@@ -325,7 +341,8 @@ def _look(job: LaneJob) -> Prepared | Ended | None:
     return job.prepared
 
 
-def _run_together(taken: Taken[LaneJob]) -> None:
+def _run_together(taken: Taken[LaneJob]) -> int:
+    """Runs a batch. Returns how often it, or a part of it, was run again in parts."""
     seat = taken.batch[0].seat
     assert seat is not None  # Only those with a seat are prepared.
     for job in taken.batch:
@@ -339,6 +356,7 @@ def _run_together(taken: Taken[LaneJob]) -> None:
             job.error = outcome
         else:
             job.result = outcome
+    return seat.together.split_count
 
 
 def _let_go(job: LaneJob) -> None:

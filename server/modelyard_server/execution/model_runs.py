@@ -36,9 +36,12 @@ class ModelRun:
         threads: of torch, for this lane's runs.
         inputs: of the request.
         parameters: of the request.
+
+    Attributes:
+        split_count: see Together.
     """
 
-    __slots__ = ("_inputs", "_loaded", "_parameters", "_threads")
+    __slots__ = ("_inputs", "_loaded", "_parameters", "_threads", "split_count")
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class ModelRun:
         self._threads = threads
         self._inputs = inputs
         self._parameters = parameters
+        self.split_count = 0
 
     def run(self) -> tuple[TensorValue, ...]:
         """Runs it alone."""
@@ -67,31 +71,32 @@ class ModelRun:
     def run_batch(self, requests: Sequence[Prepared]) -> list[_Outcome]:
         """See Together."""
         set_threads(self._threads)
-        return _outcomes(self._loaded, requests)
+        self.split_count = 0
+        return self._outcomes(requests)
 
-
-def _outcomes(loaded: LoadedModel, requests: Sequence[Prepared]) -> list[_Outcome]:
-    failure: BaseException
-    try:
-        answers = loaded.run_batch(requests)
-        if len(answers) != len(requests):
-            raise RuntimeError(f"{len(answers)} answers to {len(requests)} requests")
-        return list(answers)
-    except BaseException as error:  # it becomes the outcome of some of them
-        failure = error
-    if len(requests) == 1:
-        outcome = outcome_of(failure)
-        del failure  # It remembers this frame.
-        return [outcome]
-    # The frames hold what the batch was computed with; whoever runs next needs the room.
-    forget_frames(failure)
-    logger.info("a batch of %d failed (%s)", len(requests), type(failure).__name__)
-    size = -(-len(requests) // 2) if is_out_of_memory(failure) else 1
-    del failure
-    outcomes: list[_Outcome] = []
-    for begin in range(0, len(requests), size):
-        outcomes += _outcomes(loaded, requests[begin : begin + size])
-    return outcomes
+    def _outcomes(self, requests: Sequence[Prepared]) -> list[_Outcome]:
+        failure: BaseException
+        try:
+            answers = self._loaded.run_batch(requests)
+            if len(answers) != len(requests):
+                raise RuntimeError(f"{len(answers)} answers to {len(requests)} requests")
+            return list(answers)
+        except BaseException as error:  # it becomes the outcome of some of them
+            failure = error
+        if len(requests) == 1:
+            outcome = outcome_of(failure)
+            del failure  # It remembers this frame.
+            return [outcome]
+        # The frames hold what the batch was computed with; whoever runs next needs the room.
+        forget_frames(failure)
+        logger.info("a batch of %d failed (%s)", len(requests), type(failure).__name__)
+        self.split_count += 1
+        size = -(-len(requests) // 2) if is_out_of_memory(failure) else 1
+        del failure
+        outcomes: list[_Outcome] = []
+        for begin in range(0, len(requests), size):
+            outcomes += self._outcomes(requests[begin : begin + size])
+        return outcomes
 
 
 def outcome_of(error: BaseException) -> BaseException:

@@ -19,6 +19,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from time import monotonic
 
 from modelyard_server.execution.batcher import BatchLimits
 from modelyard_server.execution.copies import Copies, MadeCopy
@@ -33,8 +34,9 @@ from modelyard_server.execution.engine import (
     Work,
     nobody,
 )
+from modelyard_server.execution.figures import LaneFigures
 from modelyard_server.execution.freed_memory import give_back_freed
-from modelyard_server.execution.lane import Lane, LaneFigures, LaneJob, Seat
+from modelyard_server.execution.lane import Lane, LaneJob, Seat
 from modelyard_server.execution.memory import HeldModel, Leak, MeasuredMemory, drop
 from modelyard_server.execution.model_runs import (
     ModelRun,
@@ -71,6 +73,8 @@ class ThreadEngine:
         pace: how fast loads may be; default: as the devices say.
         copies: where copies of weights are kept; default: its own.
         batches: limits of what the lanes run at one time; default: those of BatchLimits.
+        on_ran: is told a lane's figures by its thread, with the position of its device, whenever
+            they have changed; must not raise.
 
     Attributes:
         on_measured: is told what runs took that were measured; None for nobody. Must not raise.
@@ -84,6 +88,7 @@ class ThreadEngine:
         pace: TransferPace | None = None,
         copies: Copies | None = None,
         batches: BatchLimits | None = None,
+        on_ran: Callable[[int, LaneFigures], None] | None = None,
     ) -> None:
         self._devices = tuple(devices)
         self._runtimes = runtimes
@@ -96,6 +101,7 @@ class ThreadEngine:
         self._held: dict[int, HeldModel] = {}
         self._copies = copies or Copies()
         self._batches = batches or BatchLimits()
+        self._on_ran = on_ran
         self._leaks: dict[int, list[Leak]] = {}
         self._stops: dict[int, threading.Event] = {}
         # Of their own, so that looking at one model's files does not wait for another's load; and
@@ -107,7 +113,8 @@ class ThreadEngine:
         loop = asyncio.get_running_loop()
         for position, device in enumerate(self._devices):
             if device.torch_device != DISK:
-                self._lanes[position] = Lane(f"lane-{device.name}", loop, self._batches)
+                on_ran = None if self._on_ran is None else partial(self._on_ran, position)
+                self._lanes[position] = Lane(f"lane-{device.name}", loop, self._batches, on_ran)
                 self._loaders[position] = Lane(f"load-{device.name}", loop)
         self._copies.start()
         self._pricers += [Lane(f"price-{i}", loop) for i in range(_PRICERS)]
@@ -241,6 +248,7 @@ class ThreadEngine:
         parameters: Mapping[str, JsonValue],
         on_done: Callable[[RunOutcome | None], None],
         client: Callable[[], str] = nobody,
+        waited_s: float = 0.0,
     ) -> Work:
         """See Engine."""
         held = self._held[model]
@@ -261,7 +269,8 @@ class ThreadEngine:
         else:
             threads = self._devices[held.home].threads
             run = ModelRun(held.loaded, threads, inputs, parameters)
-            seat = Seat(group=model, client=client(), together=run)
+            since = monotonic() - waited_s
+            seat = Seat(group=model, client=client(), together=run, since=since)
             job = LaneJob(run.run, deliver, seat)
             lane.submit(job)
         return job
@@ -287,7 +296,7 @@ class ThreadEngine:
 
     @property
     def figures(self) -> LaneFigures:
-        """What all lanes have run together."""
+        """See Engine."""
         figures = LaneFigures()
         for lane in self._lanes.values():
             figures.add(lane.figures)

@@ -115,7 +115,7 @@ def outcome_of(outcome: Answer | WorkerGone) -> RunOutcome | None:
     if isinstance(outcome, WorkerGone):
         if outcome.is_suspect:
             return ModelFailed("WorkerDied", f"its worker died while it ran ({outcome.cause})")
-        return WorkerLost(f"its worker died ({outcome.cause or 'it is not known of what'})")
+        return WorkerLost(f"its worker died ({outcome.cause})")
     if isinstance(outcome.error, ModelMissing):
         return WorkerLost("its worker does not have it any more")
     if outcome.error is not None:

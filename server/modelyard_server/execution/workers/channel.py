@@ -4,6 +4,10 @@ What is sent first in a turn of the loop leaves at once, and what else is sent i
 together, in one system call as far as it goes: one message does not wait, and many do not take as
 many calls. Descriptors leave with the first byte of their frame. Nothing is ever unpickled: a
 header is JSON, tensors are bytes.
+
+Whoever runs in this process can write into its socket as well. Where in the stream that was done
+the other end finds out, and threads can ask how far the stream was when they began something: so
+the two can be compared (see board.py).
 """
 
 from __future__ import annotations
@@ -12,12 +16,15 @@ import array
 import asyncio
 import os
 import socket
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from modelyard_server.execution.workers.framing import (
+    MARK,
     MAX_DESCRIPTORS,
     Frame,
     FrameReader,
@@ -61,7 +68,7 @@ class _Outgoing:
 
 
 class Channel:
-    """One end. For the loop's thread only.
+    """One end. For the loop's thread only, but for at_least, at_most and mark.
 
     Args:
         end: of a socket pair; taken over.
@@ -84,6 +91,12 @@ class Channel:
         self._on_message = on_message
         self._on_closed = on_closed
         self._reader = FrameReader()
+        self._handled_place: int | None = None
+        # What threads ask for; changed by whoever holds the lock.
+        self._sending = threading.Lock()
+        self._sent_bytes = 0
+        self._is_sending = False
+        self._is_amid_frame = False
         self._outgoing: deque[_Outgoing] = deque()
         self._dropped: list[int] = []
         self._done: list[int] = []
@@ -99,6 +112,11 @@ class Channel:
     def is_closed(self) -> bool:
         """True once nothing can be sent and nothing comes."""
         return self._is_closed
+
+    @property
+    def place(self) -> int:
+        """Place in the stream of what is being handled, or could not be understood."""
+        return self._reader.place if self._handled_place is None else self._handled_place
 
     @property
     def segments(self) -> int:
@@ -156,16 +174,43 @@ class Channel:
         """Closes it. Idempotent. What has not left yet never will."""
         if self._is_closed:
             return
-        self._is_closed = True
-        self._loop.remove_reader(self._socket.fileno())
-        if self._is_writing:
-            self._loop.remove_writer(self._socket.fileno())
-        self._socket.close()
+        with self._sending:
+            self._is_closed = True
+            self._loop.remove_reader(self._socket.fileno())
+            if self._is_writing:
+                self._loop.remove_writer(self._socket.fileno())
+            self._socket.close()
         self._outgoing.clear()
         self._reader.close()
         self._pool.close()
         self._table.close()
         self._wake_drained()
+
+    # --- Of any thread ----------------------------------------------------------------------------
+
+    def at_least(self) -> int:
+        """Bytes that have been sent, or fewer: none that are sent after this returns."""
+        return self._sent_bytes
+
+    def at_most(self) -> int:
+        """Bytes that had been sent when this was called, or more."""
+        return sys.maxsize if self._is_sending else self._sent_bytes
+
+    def mark(self) -> int | None:
+        """Puts a mark behind whatever has been written into the socket by anybody.
+
+        Returns:
+            Bytes that have been sent, the mark included; None if the socket takes none now.
+        """
+        with self._sending:
+            if self._is_closed or self._is_amid_frame:
+                return None
+            try:
+                # So few bytes are taken as a whole or not at all.
+                self._sent_bytes += self._socket.send(MARK)
+            except OSError:  # It is full, or the other end is gone.
+                return None
+            return self._sent_bytes
 
     # --- Out --------------------------------------------------------------------------------------
 
@@ -228,23 +273,30 @@ class Channel:
                 if frame.descriptors or len(buffers) >= _MAX_BUFFERS:
                     break
                 buffers += frame.buffers
-        try:
-            sent = self._socket.sendmsg(buffers[: 2 * _MAX_BUFFERS], ancillary)
-        except (BlockingIOError, InterruptedError):
-            return False
-        first.descriptors = ()
-        self._take_off(sent)
+        with self._sending:
+            self._is_sending = True
+            try:
+                sent = self._socket.sendmsg(buffers[: 2 * _MAX_BUFFERS], ancillary)
+                self._sent_bytes += sent
+                first.descriptors = ()
+                self._is_amid_frame = self._take_off(sent)
+            except (BlockingIOError, InterruptedError):
+                return False
+            finally:
+                self._is_sending = False
         return True
 
-    def _take_off(self, sent: int) -> None:
-        while self._outgoing:
+    def _take_off(self, sent: int) -> bool:
+        """Takes off what was sent. True if the last frame of it was not sent as a whole."""
+        while self._outgoing and sent:
             buffers = self._outgoing[0].buffers
             while buffers and sent >= len(buffers[0]):
                 sent -= len(buffers.popleft())
             if buffers:
                 buffers[0] = buffers[0][sent:]
-                return
+                return True
             self._outgoing.popleft()
+        return False
 
     def _set_writing(self, wanted: bool) -> None:
         if wanted and not self._is_writing:
@@ -281,6 +333,7 @@ class Channel:
         try:
             frames = self._reader.feed(data, descriptors)
             self._handle_all(frames)
+            self._reader.check()
         except MalformedMessage as error:
             self._end(error.text)
             return False
@@ -293,7 +346,9 @@ class Channel:
                 if self._is_closed:
                     break
                 taken += 1
+                self._handled_place = frame.begins
                 self._handle(frame)
+            self._handled_place = None
         finally:
             for frame in frames[taken:]:
                 _close(frame.descriptors)

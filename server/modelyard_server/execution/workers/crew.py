@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from modelyard_server.execution.engine import EngineDevice
+from modelyard_server.execution.figures import LaneFigures
 from modelyard_server.execution.workers.board import Board
 from modelyard_server.execution.workers.keeper import Keeper
 from modelyard_server.execution.workers.measured import WorkersMemory
@@ -83,6 +84,8 @@ class Crew:
         self._zygote_lock = asyncio.Lock()
         self._watching: asyncio.Task[None] | None = None
         self.memory = WorkersMemory(len(self._devices))
+        self._workers: list[WorkerProcess] = []
+        self._gone_figures = LaneFigures()
         self.files = self._keeper(_FILES, frozenset())
         self.groups = {
             name: Group(self._keeper(f"models-{name}" if name else "models", positions), positions)
@@ -100,6 +103,21 @@ class Crew:
         if self._zygote is not None and self._zygote.is_alive:
             pids["zygote"] = self._zygote.pid
         return pids
+
+    @property
+    def figures(self) -> LaneFigures:
+        """What the lanes of all workers have run, those included that have gone."""
+        self._count_gone()
+        sums = LaneFigures()
+        sums.add(self._gone_figures)
+        for worker in self._workers:
+            sums.add(worker.figures)
+        return sums
+
+    def _count_gone(self) -> None:
+        for worker in [worker for worker in self._workers if worker.exited.done()]:
+            self._gone_figures.add(worker.figures)
+            self._workers.remove(worker)
 
     async def start(self, runtimes: Iterable[str]) -> None:
         """Starts all of them.
@@ -239,6 +257,8 @@ class Crew:
     def _on_ready(self, worker: WorkerProcess, positions: frozenset[int]) -> None:
         self._limit_memory(worker, positions)
         self.memory.add(worker)
+        self._count_gone()
+        self._workers.append(worker)
         logger.debug("worker %s is there: process %d", worker.name, worker.pid)
 
     def _ended(self, worker: WorkerProcess, end: WorkerEnd) -> None:

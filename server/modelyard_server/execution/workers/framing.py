@@ -3,6 +3,10 @@
 A frame is a prefix of fixed size, a header (JSON) and a body (raw bytes). Descriptors of files go
 with its first byte. Every length is checked before anything is kept for it. Whoever sends a frame
 that is not one is not listened to any more: after that nobody knows where the next one begins.
+
+Between frames there may be marks, which say nothing. What they are for: both ends count the bytes
+of the stream, and something that somebody else writes into it lies at the place that the stream had
+reached. A mark moves that place.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "MARK",
     "MAX_BODY_BYTES",
     "MAX_DESCRIPTORS",
     "MAX_HEADER_BYTES",
@@ -37,6 +42,9 @@ MAX_DESCRIPTORS = 4
 _MAGIC = b"myw1"
 _PREFIX = struct.Struct("<4sIQI")
 PREFIX_BYTES = _PREFIX.size
+_MARK_MAGIC = b"mywm"
+MARK = _PREFIX.pack(_MARK_MAGIC, 0, 0, 0)
+"""A mark. See the module."""
 
 
 class MalformedMessage(Exception):
@@ -59,11 +67,13 @@ class Frame:
         header: an object of JSON.
         body: raw bytes.
         descriptors: open files; whoever takes the frame closes them.
+        begins: its place in the stream: bytes of all frames and marks before it.
     """
 
     header: dict[str, Any]
     body: memoryview
     descriptors: tuple[int, ...]
+    begins: int = 0
 
 
 def frame_start(header: dict[str, Any], body_bytes: int, descriptors: int) -> bytes:
@@ -90,9 +100,15 @@ _dumps = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 class FrameReader:
-    """Finds the frames in what a socket gives. Close it: it may hold descriptors."""
+    """Finds the frames in what a socket gives. Close it: it may hold descriptors.
+
+    Attributes:
+        place: in the stream, of what comes after the frames and marks that were found.
+    """
 
     def __init__(self) -> None:
+        self.place = 0
+        self._malformed: MalformedMessage | None = None
         self._rest = bytearray()
         self._needed = PREFIX_BYTES
         self._descriptors: list[int] = []
@@ -105,9 +121,11 @@ class FrameReader:
             descriptors: that came with them; taken over in any case.
 
         Raises:
-            MalformedMessage: it is no frame. The reader is of no more use then.
+            MalformedMessage: it begins with what is no frame. The reader is of no more use then.
+                If there are frames before that, they are returned, and `check` raises.
         """
         self._descriptors += descriptors
+        self.check()
         if len(self._descriptors) > MAX_DESCRIPTORS:
             raise MalformedMessage(f"{len(self._descriptors)} descriptors at one time")
         if self._rest:
@@ -120,15 +138,23 @@ class FrameReader:
         view = memoryview(data)
         try:
             while len(view) >= (needed := self._size_of(view)):
-                frames.append(self._frame(view[:needed]))
+                if view[: len(_MARK_MAGIC)] != _MARK_MAGIC:
+                    frames.append(self._frame(view[:needed]))
                 view = view[needed:]
-        except BaseException:
-            for frame in frames:
-                _close(frame.descriptors)
-            raise
+                self.place += needed
+        except MalformedMessage as error:
+            self._malformed = error
+            if not frames:
+                raise
+            return frames
         self._rest += view
         self._needed = needed
         return frames
+
+    def check(self) -> None:
+        """Raises MalformedMessage if what came after the last frames is none."""
+        if self._malformed is not None:
+            raise self._malformed
 
     def close(self) -> None:
         """Closes the descriptors whose frames have not come."""
@@ -141,6 +167,8 @@ class FrameReader:
             return PREFIX_BYTES
         magic, header_bytes, body_bytes, descriptors = _PREFIX.unpack_from(view)
         if magic != _MAGIC:
+            if view[:PREFIX_BYTES] == MARK:
+                return PREFIX_BYTES
             raise MalformedMessage("a frame does not begin like one")
         if header_bytes > MAX_HEADER_BYTES or body_bytes > MAX_BODY_BYTES:
             raise MalformedMessage(f"a frame of {header_bytes} and {body_bytes} bytes")
@@ -163,7 +191,7 @@ class FrameReader:
             tuple(self._descriptors[:count]),
             self._descriptors[count:],
         )
-        return Frame(header, view[body_begins:], descriptors)
+        return Frame(header, view[body_begins:], descriptors, self.place)
 
 
 def _close(descriptors: Sequence[int]) -> None:

@@ -38,6 +38,7 @@ from modelyard_server.execution.engine import (
     WorkerDeath,
     nobody,
 )
+from modelyard_server.execution.figures import LaneFigures
 from modelyard_server.execution.workers.answers import (
     back_of,
     is_back_of,
@@ -315,6 +316,7 @@ class ProcessEngine:
         parameters: Mapping[str, JsonValue],
         on_done: Callable[[RunOutcome | None], None],
         client: Callable[[], str] = nobody,
+        waited_s: float = 0.0,
     ) -> Work:
         """See Engine."""
         worker = self._held[model].worker
@@ -337,6 +339,7 @@ class ProcessEngine:
                 tensors=inputs,
                 parameters=plain(parameters) if parameters else {},
                 client=client(),
+                waited_s=waited_s,
             )
         except WorkerGone as gone:
             on_done(outcome_of(gone))
@@ -349,6 +352,11 @@ class ProcessEngine:
     def memory(self, device: int) -> DeviceMemory:
         """See Engine."""
         return self._crew.memory.read(device)
+
+    @property
+    def figures(self) -> LaneFigures:
+        """See Engine."""
+        return self._crew.figures
 
     @property
     def copies(self) -> DeviceMemory:

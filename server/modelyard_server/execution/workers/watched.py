@@ -120,7 +120,7 @@ class WatchedRuntime(Runtime):
     def price(self, spec: ModelSpec) -> Price:
         """See Runtime."""
         call, plain = _parts(spec)
-        before = self._board.begin(call)
+        before = self._board.begin(call, call)
         try:
             return self._runtime.price(plain)
         finally:
@@ -129,7 +129,7 @@ class WatchedRuntime(Runtime):
     def load(self, spec: ModelSpec, *, place: Place, stop: StopCheck) -> LoadedModel:
         """See Runtime."""
         call, plain = _parts(spec)
-        before = self._board.begin(call)
+        before = self._board.begin(call, call)
         try:
             loaded = self._runtime.load(plain, place=place, stop=stop)
         finally:
@@ -138,6 +138,7 @@ class WatchedRuntime(Runtime):
         return kind(
             loaded,
             self._board,
+            owner=call,
             on_measured=partial(self._held.__setitem__, call),
             keep_call=lambda: self._keeps.get(call, 0),
         )
@@ -161,11 +162,14 @@ class _WatchedModel(LoadedModel):
         loaded: LoadedModel,
         board: BoardWriter,
         *,
+        owner: int,
         on_measured: Callable[[Mapping[int, int]], None],
         keep_call: Callable[[], int],
     ) -> None:
         self._loaded = loaded
         self._board = board
+        # No two models of a worker were loaded by the same call.
+        self._owner = owner
         self._on_measured: Callable[[Mapping[int, int]], None] | None = on_measured
         self._keep_call = keep_call
 
@@ -173,7 +177,8 @@ class _WatchedModel(LoadedModel):
         self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
     ) -> tuple[TensorValue, ...]:
         board = self._board
-        before = board.begin(inputs.call if isinstance(inputs, CalledInputs) else 0)
+        call = inputs.call if isinstance(inputs, CalledInputs) else 0
+        before = board.begin(call, self._owner)
         try:
             return self._loaded.run(inputs, parameters)
         finally:
@@ -184,7 +189,7 @@ class _WatchedModel(LoadedModel):
     ) -> Prepared | None:
         board = self._board
         call = inputs.call if isinstance(inputs, CalledInputs) else 0
-        before = board.begin(call)
+        before = board.begin(call, self._owner)
         try:
             prepared = self._loaded.prepare(inputs, parameters)
         finally:
@@ -196,7 +201,7 @@ class _WatchedModel(LoadedModel):
     def run_batch(self, requests: Sequence[Prepared]) -> Sequence[tuple[TensorValue, ...]]:
         called: list[_Called] = [request.content for request in requests]
         # All of them, since nobody can tell whose row it is that ends the process.
-        batch = self._board.begin_batch([each.call for each in called])
+        batch = self._board.begin_batch([each.call for each in called], self._owner)
         try:
             return self._loaded.run_batch([each.prepared for each in called])
         finally:
@@ -221,7 +226,8 @@ class _WatchedModel(LoadedModel):
         return self._loaded.source
 
     def keep(self) -> KeptWeights | None:
-        before = self._board.begin(self._keep_call())
+        call = self._keep_call()
+        before = self._board.begin(call, call)
         try:
             return self._loaded.keep()
         finally:

@@ -115,6 +115,7 @@ class _Worker:
         runtimes: Mapping[str, Runtime],
     ) -> None:
         self._end = end
+        self._board = board
         self._name: str = order["name"]
         self._warm: Sequence[str] = order["runtimes"]
         # A device of another group has neither lane nor loader here, just like a disk.
@@ -137,6 +138,7 @@ class _Worker:
         self._engine = ThreadEngine(
             devices=self._devices,
             batches=BatchLimits(most_rows=most_rows, most_bytes=most_bytes),
+            on_ran=board.write_figures,
             runtimes={
                 name: WatchedRuntime(runtime, board, self._held, self._keeps)
                 for name, runtime in runtimes.items()
@@ -159,6 +161,7 @@ class _Worker:
         self._channel = Channel(
             self._end, loop, on_message=self._on_message, on_closed=self._on_closed
         )
+        self._board.follow(self._channel)
         self._channel.send({"op": "ready", "data_bytes": started})
         await over
         await self._channel.drain()
@@ -201,7 +204,12 @@ class _Worker:
         try:
             client = partial(str, message["client"])
             work = self._engine.run(
-                message["model"], inputs, message["parameters"], on_done, client
+                message["model"],
+                inputs,
+                message["parameters"],
+                on_done,
+                client,
+                message["waited_s"],
             )
         except KeyError:
             self._channel.send({"op": "answer", "call": call, "error": ["lost"]})

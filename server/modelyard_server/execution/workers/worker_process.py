@@ -5,7 +5,12 @@ has. It goes when its process does, when it says what cannot be understood, when
 for too long, and when a call takes longer than it may. In every case its process is killed, and is
 known to be over (`exited`) before anything that it held is said to be free.
 
-Which calls were running in it at that moment stands on the board.
+Which calls were running in it at that moment, or when it said what cannot be understood, stands on
+the board.
+
+Between its end and the moment at which that is told (on_end) its process is being waited for, and
+whoever gives it calls does not know yet. Those calls wait as well: an answer that came at once
+would only have its caller ask again, in vain, until it gives up.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from functools import partial
 from typing import Any
 
 from modelyard_server.execution.engine import DeviceMemory
+from modelyard_server.execution.figures import LaneFigures
 from modelyard_server.execution.workers.board import Board
 from modelyard_server.execution.workers.channel import Channel
 from modelyard_server.execution.workers.framing import MalformedMessage
@@ -36,10 +42,15 @@ __all__ = ["Answer", "ModelMissing", "WorkerEnd", "WorkerGone", "WorkerProcess"]
 
 logger = logging.getLogger(__name__)
 
-_EXIT_GRACE_S = 0.5
-"""How long its calls wait for a killed worker to be over, and so for the reason of its end."""
+_EXIT_GRACE_S = 5.0
+"""How long its calls wait at most for a killed worker to be over. There is no other worker before
+that, and no memory."""
 
-_REASON_GRACE_S = 0.1
+_REASON_GRACE_S = 5.0
+"""And then for the reason of its end, which the zygote tells, if there still is one."""
+
+_STOP_GRACE_S = 0.5
+"""What a worker may take to be over after it has stopped."""
 
 
 class WorkerGone(Exception):
@@ -112,10 +123,17 @@ class _Pings:
 
 @dataclass(slots=True)
 class _Ending:
-    """How it comes to its end."""
+    """How it comes to its end.
+
+    Attributes:
+        cause: why, for people; empty until it is known.
+        suspects: calls that may be to blame.
+        is_told: the cause is known, and everybody is being told.
+    """
 
     cause: str
-    running: frozenset[int] = field(default_factory=frozenset)
+    suspects: frozenset[int] = field(default_factory=frozenset)
+    is_told: bool = False
 
 
 class WorkerProcess:
@@ -156,6 +174,7 @@ class WorkerProcess:
         self.exited: asyncio.Future[None] = self._loop.create_future()
         self._forked = forked
         self._board = board
+        self._figures = LaneFigures()
         self._devices = devices
         self._settings = settings
         self._on_end = on_end
@@ -175,6 +194,11 @@ class WorkerProcess:
     def pid(self) -> int:
         """Number of its process."""
         return self._forked.pid
+
+    @property
+    def figures(self) -> LaneFigures:
+        """What its lanes have run; also after its end."""
+        return self._figures if self.exited.done() else self._board.figures()
 
     @property
     def is_gone(self) -> bool:
@@ -212,10 +236,10 @@ class WorkerProcess:
             Number of the call.
 
         Raises:
-            WorkerGone: it takes none any more.
+            WorkerGone: it takes none any more, and whoever is to know that was told.
             ValueError: the call is too large to be sent.
         """
-        if self._ending is not None:
+        if self._ending is not None and self._ending.is_told:
             raise WorkerGone(self._ending.cause, is_suspect=False)
         number = self._next
         header: dict[str, Any] = {"op": op, "call": number, **fields}
@@ -314,7 +338,7 @@ class WorkerProcess:
         self._is_stopping = True
         ended = self.is_gone
         with contextlib.suppress(Exception):  # However it answers, it is not there afterwards.
-            async with asyncio.timeout(timeout_s + _EXIT_GRACE_S):
+            async with asyncio.timeout(timeout_s + _STOP_GRACE_S):
                 answer = await self.ask("stop", timeout_s=timeout_s)
                 ended = answer.message.get("result") is True
                 await asyncio.shield(self.exited)
@@ -335,23 +359,24 @@ class WorkerProcess:
             self._channel.receive_rest()
             self._end("", running)
         os.close(self._forked.handle)
+        self._figures = self._board.figures()
         self._board.close()
         self.memory.clear()
         self.exited.set_result(None)
 
     def _on_closed(self, text: str) -> None:
-        running = self._board.running()
         if not text:
-            self._end("", running)
+            self._end("", self._board.running())
             return
-        # Whoever did that may be done already, and his answer lost in what cannot be understood.
-        oldest = next((n for n, call in self._calls.items() if call.limit_s is not None), 0)
-        self._end(f"sent what cannot be understood ({text})", running | {oldest})
+        # Whoever did that may be done already, and who runs now may have begun after it.
+        writers = self._board.begun_by(self._channel.place)
+        self._end(f"sent what cannot be understood ({text})", writers)
 
     def _end(self, cause: str, running: frozenset[int]) -> None:
         if self._ending is not None:
             return
-        self._ending = _Ending(cause, running)
+        # Of those that there are now: what comes yet is not to blame, whatever the board says.
+        self._ending = _Ending(cause, running & self._calls.keys())
         self._channel.close()
         if not self.exited.done():
             with contextlib.suppress(ProcessLookupError):
@@ -361,14 +386,13 @@ class WorkerProcess:
     async def _finish(self) -> None:
         assert self._ending is not None
         await asyncio.wait({self.exited}, timeout=_EXIT_GRACE_S)
-        code = self._forked.exit_code
-        await asyncio.wait({code}, timeout=_REASON_GRACE_S)
-        cause = self._ending.cause or _told(code.result() if code.done() else None)
-        self._ending.cause = cause
+        if not (cause := self._ending.cause):
+            code = self._forked.exit_code
+            await asyncio.wait({code}, timeout=_REASON_GRACE_S)
+            cause = self._ending.cause = _told(code.result() if code.done() else None)
+        self._ending.is_told = True
         calls, self._calls = self._calls, {}
-        suspects = {
-            number for number in self._ending.running if number in calls and not self._is_stopping
-        }
+        suspects = frozenset() if self._is_stopping else self._ending.suspects
         blamed = [calls[number].model for number in sorted(suspects)]
         models = tuple(dict.fromkeys(model for model in blamed if model is not None))
         if not self.ready.done():
