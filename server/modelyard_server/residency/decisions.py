@@ -8,7 +8,7 @@ from typing import Any
 from modelyard_server import _core
 from modelyard_server.devices.budgets import HOST_TIER
 from modelyard_server.devices.sizes import format_size
-from modelyard_server.residency.journal import Event, EventType, Journal
+from modelyard_server.residency.journal import Departure, Event, EventType, Journal, Waits
 
 __all__ = ["OPERATOR", "publish_decision"]
 
@@ -17,6 +17,8 @@ OPERATOR = "operator"
 
 _SCORED = ("MODEL", "BUDGET")
 """Why a model leaves that was chosen among others."""
+
+_DEPARTURES = frozenset({EventType.EVICTED, EventType.DRAINED, EventType.LOST})
 
 _BY_OPERATORS = frozenset(
     {
@@ -103,10 +105,30 @@ def publish_decision(
         waited_s=waited_ns * 1e-9 if waited_ns > 0 else None,
         load_s=load_s,
         description=", ".join(words),
+        departure=_departure(type, record),
+        waits=_waits(type, record),
     )
     if model:
         journal.changed(name)
     return event
+
+
+def _departure(type: EventType, record: Mapping[str, Any]) -> Departure | None:
+    # A model that was lost while it was leaving has left before: the core says nothing more of it.
+    if type not in _DEPARTURES or not record["expected_s"]:
+        return None
+    return Departure(
+        rule=record["rule"],
+        expected_load_s=record["expected_s"],
+        idle_s=record["idle_ns"] * 1e-9,
+        resident_s=record["stayed_ns"] * 1e-9,
+    )
+
+
+def _waits(type: EventType, record: Mapping[str, Any]) -> Waits | None:
+    if type is not EventType.LOAD_DONE or not record["waiting_count"]:
+        return None
+    return Waits(count=record["waiting_count"], sum_s=record["waited_sum_ns"] * 1e-9)
 
 
 def _cause(record: Mapping[str, Any], where: str, name_of: Callable[[int], str]) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-__all__ = ["Event", "EventType", "Journal", "Position"]
+__all__ = ["Departure", "Event", "EventType", "Journal", "Position", "Waits"]
 
 _MOST_CHANGED = 65_536
 """Models whose last change is remembered, those that are gone among them."""
@@ -58,6 +58,39 @@ class EventType(enum.Enum):
     LOST = 22
     COPY_KEPT = 23
     COPY_DROPPED = 24
+    ROUTE_CREATED = 25
+    ROUTE_UPDATED = 26
+    ROUTE_DELETED = 27
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departure:
+    """What was known of a model when it was told to leave.
+
+    Attributes:
+        rule: by which it was chosen; empty if nobody chose.
+        expected_load_s: what loading it again was expected to take.
+        idle_s: since it was last asked for.
+        resident_s: since its load ended.
+    """
+
+    rule: str
+    expected_load_s: float
+    idle_s: float
+    resident_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waits:
+    """Who waited for a load that has ended.
+
+    Attributes:
+        count: requests; at least 1.
+        sum_s: how long they waited, all of them together.
+    """
+
+    count: int
+    sum_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +110,8 @@ class Event:
         load_s: how long a load took.
         description: for people.
         identity: who asked; not authenticated.
+        departure: of a model that was told to leave.
+        waits: of a load that ended well, if anybody waited for it.
     """
 
     revision: int
@@ -91,6 +126,8 @@ class Event:
     load_s: float | None = None
     description: str = ""
     identity: str = ""
+    departure: Departure | None = None
+    waits: Waits | None = None
 
     def __post_init__(self) -> None:
         if self.revision < 1 or not self.subject:
@@ -182,6 +219,8 @@ class Journal:
         waited_s: float | None = None,
         load_s: float | None = None,
         description: str = "",
+        departure: Departure | None = None,
+        waits: Waits | None = None,
     ) -> Event:
         """Adds an event, and returns it; see Event for the arguments."""
         event = Event(
@@ -197,6 +236,8 @@ class Journal:
             load_s=load_s,
             description=description,
             identity=self._identity.get(),
+            departure=departure,
+            waits=waits,
         )
         if len(self._events) < self._capacity:
             self._events.append(event)

@@ -42,6 +42,22 @@ def refusal_of(
                 retry_after_s=retry_s if transient else None,
                 transient=transient,
             )
+        case why.DEADLINE_UNREACHABLE:
+            ready_s, deadline_s = refuse.needs_ns * 1e-9, refuse.left_ns * 1e-9
+            text = (
+                f"the model can answer in about {ready_s:.3g} s at best, and the deadline is in "
+                f"{deadline_s:.3g} s"
+            )
+            return Refusal(
+                Reason.DEADLINE_UNREACHABLE,
+                text,
+                metadata={
+                    "ready_in_ms": str(round(ready_s * 1000)),
+                    "deadline_in_ms": str(round(deadline_s * 1000)),
+                },
+                quota=(QuotaViolation("time", text),),
+                retry_after_s=refuse.retry_after_ns * 1e-9,
+            )
         case why.DEADLINE_IN_QUEUE:
             return Refusal(Reason.DEADLINE_IN_QUEUE, "the deadline passed while waiting for memory")
         case why.DEADLINE_IN_LOAD:

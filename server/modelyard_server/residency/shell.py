@@ -27,8 +27,10 @@ from modelyard_server import _core
 from modelyard_server.devices.placed import PlacedAs, placements_of, shared_of, shares_on
 from modelyard_server.errors import Reason, Refusal
 from modelyard_server.execution.engine import Engine, Loaded, Unloaded
+from modelyard_server.residency.arrival_order import ArrivalOrder
 from modelyard_server.residency.host_tier import HOST_TIER, tier_use, without_tier
 from modelyard_server.residency.journal import Journal
+from modelyard_server.residency.recent_loads import RecentLoads
 from modelyard_server.residency.refusals import refusal_of
 from modelyard_server.residency.rehearsal import Rehearsal, device_use
 from modelyard_server.residency.shared import SharedTensors
@@ -38,6 +40,7 @@ from modelyard_server.residency.values import (
     GONE,
     NEVER_NS,
     CopyState,
+    Departures,
     DeviceUse,
     ModelHandle,
     ModelUse,
@@ -146,6 +149,10 @@ class Residency:
         self._timer: asyncio.TimerHandle | None = None
         self._targets: dict[int, Target] = {}
         self._closing = False
+        self._recent_loads = RecentLoads()
+        self._line: ArrivalOrder | None = None
+        if settings.order == "fifo":
+            self._line = ArrivalOrder(most_waiting=settings.max_waiting, now_ns=now_ns)
         self.journal = journal or Journal(capacity=settings.explain_capacity)
         self._teller = Teller(
             self._yard,
@@ -307,6 +314,8 @@ class Residency:
     async def unload(self, handle: ModelHandle) -> None:
         """Takes a model out of memory and returns when its memory is back.
 
+        For its copy it waits no longer than until that is known to be in use; see CopyState.
+
         Raises:
             Refusal: MODEL_IN_USE if it is pinned.
         """
@@ -334,16 +343,28 @@ class Residency:
     def _is_on_its_way(self, handle: ModelHandle) -> bool:
         """True while a model comes or goes, or its copy goes."""
         use = self.use(handle)
-        return (
-            use.state in (State.LOADING, State.DRAINING, State.UNLOADING)
-            or use.copy_state is CopyState.DROPPING
-        )
+        if use.state in (State.LOADING, State.DRAINING, State.UNLOADING):
+            return True
+        # Nobody waits for a copy that is in use, unless what is missing of it is others' as well.
+        in_use = use.copy_in_use and (use.copy_bytes > 0 or self._closing)
+        return use.copy_state is CopyState.DROPPING and not in_use
 
     # --- Requests -----------------------------------------------------------------------------
 
-    def try_lease(self, handle: ModelHandle) -> Lease | None:
-        """The way of a hit: a lease if the model is resident, at the cost of one core call."""
-        lease_id = self._yard.try_acquire(handle.core_id, self._now_ns())
+    def try_lease(
+        self, handle: ModelHandle, deadline_ns: int = NEVER_NS, *, asked: bool = False
+    ) -> Lease | None:
+        """The way of a hit: a lease if the model is resident, at the cost of one core call.
+
+        Args:
+            handle: the model.
+            deadline_ns: of the residency's clock. None is given if it is out of reach; `lease`
+                says then what it would take.
+            asked: it is for an operator, who need not stand in line.
+        """
+        if self._line is not None and not asked and not self._line.is_empty:
+            return None
+        lease_id = self._yard.try_acquire(handle.core_id, self._now_ns(), deadline_ns)
         return Lease(self, lease_id, handle, 0.0, None) if lease_id else None
 
     async def lease(self, handle: ModelHandle, deadline_ns: int, *, asked: bool = False) -> Lease:
@@ -356,9 +377,17 @@ class Residency:
 
         Raises:
             Refusal: MODEL_NEVER_FITS, BUDGET_EXHAUSTED, QUEUE_FULL, LOAD_FAILED, MODEL_NOT_FOUND,
-                DEADLINE_IN_QUEUE or DEADLINE_IN_LOAD.
+                DEADLINE_UNREACHABLE, DEADLINE_IN_QUEUE or DEADLINE_IN_LOAD.
         """
         began_ns = self._now_ns()
+        if self._line is None or asked:
+            return await self._lease_any(handle, began_ns, deadline_ns, asked)
+        async with self._line.turn(deadline_ns):
+            return await self._lease_any(handle, began_ns, deadline_ns, asked)
+
+    async def _lease_any(
+        self, handle: ModelHandle, began_ns: int, deadline_ns: int, asked: bool
+    ) -> Lease:
         while True:
             # Another may have taken its place since the caller looked it up.
             handle = heir_of(handle)
@@ -456,6 +485,7 @@ class Residency:
             retry_in_s=max(0, entry.retry_at_ns - self._now_ns()) * 1e-9 if failed else 0.0,
             copy_state=entry.copy_state,
             copy_bytes=self._yard.copy_exclusive(handle.core_id),
+            copy_in_use=entry.copy_in_use,
             copy_duration_s=entry.copy_seconds or None,
         )
 
@@ -473,14 +503,35 @@ class Residency:
         return self._yard.counters
 
     @property
+    def recent_load_s(self) -> float:
+        """Seconds of the loads that ended in the last minute."""
+        return self._recent_loads.seconds(self._now_ns())
+
+    @property
+    def lru_load_s(self) -> float:
+        """Seconds that LRU would have spent on loading; see csrc/include/modelyard/regret.hpp."""
+        return self._yard.lru_seconds
+
+    @property
+    def departures(self) -> Departures:
+        """Which models had to leave, and how old the last victims were."""
+        ages = self._yard.victim_ages
+        return Departures(
+            counts=self._yard.departure_counts,
+            idle_s=tuple(idle_ns * 1e-9 for idle_ns, _ in ages),
+            resident_s=tuple(resident_ns * 1e-9 for _, resident_ns in ages),
+        )
+
+    @property
     def policy(self) -> str:
         """Name of the eviction policy."""
         return self._yard.policy
 
     @property
     def waiting_count(self) -> int:
-        """Requests that wait for a model now."""
-        return self._yard.waiting_count
+        """Requests that wait for a model now, or for their turn to ask for one."""
+        in_line = 0 if self._line is None else self._line.waiting_count
+        return self._yard.waiting_count + in_line
 
     @property
     def lease_count(self) -> int:
@@ -509,6 +560,8 @@ class Residency:
         """
         self._closing = True
         self._transfers.stop()
+        if self._line is not None:
+            self._line.close()
         tickets, self._tickets = self._tickets, {}
         for ticket, future in tickets.items():
             if not future.done():
@@ -622,7 +675,9 @@ class Residency:
         core_id = handle.core_id
         self._targets[core_id] = target
         own_bytes, source = dict(loaded.own_bytes), _core.Source[loaded.source.name]
-        self._apply(self._yard.load_done(core_id, self._now_ns(), own_bytes, took_s, source))
+        now_ns = self._now_ns()
+        self._recent_loads.note(now_ns, took_s)
+        self._apply(self._yard.load_done(core_id, now_ns, own_bytes, took_s, source))
         self._settle(handle)
 
     def load_failed(self, handle: ModelHandle, failure: _core.LoadFailure) -> None:
@@ -667,33 +722,22 @@ class Residency:
         """See Outcomes."""
         return bool(self.use(handle).quarantined)
 
-    def copy_alone(self, handle: ModelHandle) -> int:
+    def copy_in_use(self, handle: ModelHandle) -> int:
         """See Outcomes."""
-        return self._yard.copy_exclusive(handle.core_id)
+        core_id = handle.core_id
+        self._apply(self._yard.copy_in_use(core_id, self._now_ns()))
+        self.journal.changed(handle.name)
+        self._settle(handle)
+        return self._yard.copy_exclusive(core_id)
 
-    def copy_dropped(self, handle: ModelHandle, is_back: bool) -> int:
+    def copy_dropped(self, handle: ModelHandle) -> None:
         """See Outcomes."""
-        alone = self._yard.copy_exclusive(handle.core_id)
-        freed = alone if is_back else 0
-        self._apply(self._yard.copy_dropped(handle.core_id, self._now_ns(), freed))
-        self._copy_gone(handle.core_id)
-        return alone - freed
-
-    def copy_reclaimed(self, handle: ModelHandle) -> None:
-        """See Outcomes."""
-        entry = self._yard.entry(handle.core_id)
-        if entry is None or self._tier is None or not entry.quarantined.get(self._tier):
-            return
-        back = {self._tier: entry.quarantined[self._tier]}
-        self._apply(self._yard.reclaimed(handle.core_id, self._now_ns(), back))
-        self._copy_gone(handle.core_id)
-
-    def _copy_gone(self, core_id: int) -> None:
-        """A model's copy holds nothing any more, or less than before."""
-        if (handle := self._handles.get(core_id)) is not None:
-            self.journal.changed(handle.name)
-            self._settle(handle)
-            self._forget_if_gone(handle)
+        core_id = handle.core_id
+        freed = self._yard.copy_exclusive(core_id)
+        self._apply(self._yard.copy_dropped(core_id, self._now_ns(), freed))
+        self.journal.changed(handle.name)
+        self._settle(handle)
+        self._forget_if_gone(handle)
 
     def _settle(self, handle: ModelHandle) -> None:
         waiters, handle._settled = handle._settled, []

@@ -44,14 +44,15 @@ class Outcomes(Protocol):
     def unloaded(self, handle: ModelHandle, unloaded: Unloaded) -> Mapping[int, int]:
         """An unload has ended; returns what is missing, by position of the device."""
 
-    def copy_alone(self, handle: ModelHandle) -> int:
-        """What no other copy holds of a model's copy, in bytes."""
+    def copy_in_use(self, handle: ModelHandle) -> int:
+        """Somebody is still in the memory of a copy that is being dropped.
 
-    def copy_dropped(self, handle: ModelHandle, is_back: bool) -> int:
-        """The copy of a model has been dropped; returns what is missing of it, in bytes."""
+        Returns:
+            What no other copy holds of it, in bytes.
+        """
 
-    def copy_reclaimed(self, handle: ModelHandle) -> None:
-        """The memory of a copy that was missing is back after all."""
+    def copy_dropped(self, handle: ModelHandle) -> None:
+        """The memory of the copy that a model had is back."""
 
     def reclaimed(self, handle: ModelHandle, back: Mapping[int, int]) -> None:
         """Memory that was missing is back after all."""
@@ -210,18 +211,20 @@ class Transfers:
             self._start(self._rechecks, self._recheck(handle), f"recheck {handle.name}")
 
     async def _drop_copy(self, handle: ModelHandle) -> None:
-        while not (is_back := await self._engine.drop_copy(handle.core_id)):
-            # Of one that holds nothing alone nothing can be quarantined. It is on its way until it
-            # is back: the engine makes no other copy of its model before.
-            if self._closing or self._outcomes.copy_alone(handle):
-                break
+        # It stays on the books as it is until it is back. To give it up, and say what is missing,
+        # would not do: what it shares with a copy that is just being made would be on that one's
+        # account, and on none if that fails.
+        while not await self._engine.drop_copy(handle.core_id):
+            missing = self._outcomes.copy_in_use(handle)
+            if self._closing:
+                return
+            if missing:
+                logger.warning("%d bytes of a copy of %s are still in use", missing, handle.name)
+                self._start(self._rechecks, self._recheck_copy(handle), f"recheck {handle.name}")
+                return
+            # Others are making or dropping copies of all of it: it will not be long.
             await asyncio.sleep(_RECHECK_S[0])
-        missing = self._outcomes.copy_dropped(handle, is_back)
-        if not missing:
-            return
-        logger.warning("%d bytes of a copy of %s are still in use", missing, handle.name)
-        if not self._closing:
-            self._start(self._rechecks, self._recheck_copy(handle), f"recheck {handle.name}")
+        self._outcomes.copy_dropped(handle)
 
     async def _recheck_copy(self, handle: ModelHandle) -> None:
         attempt = 0
@@ -229,7 +232,8 @@ class Transfers:
             await asyncio.sleep(_RECHECK_S[min(attempt, len(_RECHECK_S) - 1)])
             attempt += 1
             if await self._engine.drop_copy(handle.core_id):
-                self._outcomes.copy_reclaimed(handle)
+                logger.info("the copy of %s is not in use any more", handle.name)
+                self._outcomes.copy_dropped(handle)
                 return
 
     async def _recheck(self, handle: ModelHandle) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from modelyard_server import _core
@@ -16,6 +16,7 @@ __all__ = [
     "NEVER_NS",
     "POLICIES",
     "CopyState",
+    "Departures",
     "DeviceUse",
     "ModelHandle",
     "ModelUse",
@@ -37,7 +38,10 @@ State = _core.State
 """Where a model stands: COLD, QUEUED, LOADING, RESIDENT, DRAINING, UNLOADING or FAILED."""
 
 CopyState = _core.CopyState
-"""Where its copy on the host tier stands: NONE, AWAITED, MAKING, KEPT or DROPPING."""
+"""Where its copy on the host tier stands: NONE, AWAITED, MAKING, KEPT or DROPPING.
+
+One that is dropped while somebody is still in its memory stays DROPPING, and on the books, until it
+is back. Nobody waits for it once it is known to be in use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +51,8 @@ class YardSettings:
     Attributes:
         budgets: bytes, one a device.
         policy: name of the eviction policy.
+        order: "urgency": the core chooses whom to serve next; "fifo": requests are told to it one
+            at a time, in the order of their arrival.
         max_waiting_per_model: most requests that wait for one model.
         max_waiting: most requests that wait at all.
         loads_per_device: loads that run on a device at once.
@@ -60,6 +66,7 @@ class YardSettings:
 
     budgets: tuple[int, ...]
     policy: str = "ensemble"
+    order: str = "urgency"
     max_waiting_per_model: int = 1024
     max_waiting: int = 65536
     loads_per_device: int = 1
@@ -124,6 +131,7 @@ class ModelUse:
         load_duration_s: what its next load is expected to take; None before the first.
         copy_state: where its copy on the host tier stands.
         copy_bytes: what comes back when that copy is dropped.
+        copy_in_use: it is being dropped, and somebody is still in its memory.
         copy_duration_s: what loads from a copy took; None before the first.
     """
 
@@ -143,6 +151,7 @@ class ModelUse:
     retry_in_s: float
     copy_state: _core.CopyState = CopyState.NONE
     copy_bytes: int = 0
+    copy_in_use: bool = False
     copy_duration_s: float | None = None
 
 
@@ -163,6 +172,21 @@ class DeviceUse:
     saved: int
     load_count: int
     eviction_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departures:
+    """Which models had to leave, and how old those were that were chosen to.
+
+    Attributes:
+        counts: models that were told to leave, by why; without zeros.
+        idle_s: of the last 256 that were chosen, in no order: since it was last asked for.
+        resident_s: of the same, in the same order: since its load ended.
+    """
+
+    counts: Mapping[str, int]
+    idle_s: tuple[float, ...]
+    resident_s: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
