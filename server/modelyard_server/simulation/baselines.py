@@ -5,6 +5,9 @@ it begins. ``fcfs+lru`` has a queue for each model: whoever's model is resident 
 and models are loaded in the order of their oldest requests. Both evict the model that was used
 longest ago among those that no running request uses, whether requests wait for it or not.
 
+A model that spans devices needs a slot on each to run and a load channel of each to be loaded; who
+waits for one holds up younger requests there.
+
 They are plain simulators of their own with the slots, load channels and times of the timed replay.
 The core has no part in them.
 """
@@ -19,7 +22,7 @@ from typing import Final
 
 import numpy as np
 
-from modelyard_server.simulation.machine import Machine, SimulationError
+from modelyard_server.simulation.machine import Machine, SimulationError, places_of
 from modelyard_server.simulation.outcome import Outcome, Progress
 from modelyard_server.simulation.timed_replay import nanoseconds
 from modelyard_server.simulation.trace import Trace
@@ -71,17 +74,22 @@ class _Baseline:
         self._model: list[int] = trace.model.tolist()
         self._arrival_ns = nanoseconds(trace.arrival_s)
         self._run_ns = nanoseconds(trace.run_s)
-        self._size = [model.size_bytes for model in trace.models]
+        self._places: dict[int, tuple[tuple[int, ...], ...]] = {
+            position: places_of(trace.models[position], machine.budgets)
+            for position in trace.used()
+        }
+        # What each takes of every device that it is on.
+        self._part = [model.parts(len(machine.budgets))[1] for model in trace.models]
         self._devices = [
             _Device(budget, machine.slots, machine.loads_per_device) for budget in machine.budgets
         ]
-        self._where: dict[int, int] = {}
-        self._loading: set[int] = set()
+        self._where: dict[int, tuple[int, ...]] = {}
+        self._loading: dict[int, tuple[int, ...]] = {}
         self._running = [0] * len(trace.models)
         # One queue in order, or one a model and the heads of those that cannot run at once.
         self._queue: deque[int] = deque()
         self._queues: dict[int, deque[int]] = {}
-        self._events: list[tuple[int, int, int, int]] = []
+        self._events: list[tuple[int, int, int]] = []
         self._arrived = 0
         self._hit = bytearray(len(trace))
         self._start_ns = array("q", [-1]) * len(trace)
@@ -96,11 +104,11 @@ class _Baseline:
         while self._events or self._arrived < count:
             i = self._arrived
             if self._events and (i == count or self._events[0][0] <= self._arrival_ns[i]):
-                at_ns, is_load, subject, device = heapq.heappop(self._events)
+                at_ns, is_load, subject = heapq.heappop(self._events)
                 if is_load:
-                    self._end_load(subject, device)
+                    self._end_load(subject)
                 else:
-                    self._end_run(subject, device, at_ns)
+                    self._end_run(subject, at_ns)
             else:
                 at_ns = self._arrival_ns[i]
                 self._arrived += 1
@@ -126,15 +134,18 @@ class _Baseline:
         else:
             self._queues.setdefault(model, deque()).append(i)
 
-    def _end_load(self, model: int, device: int) -> None:
-        self._loading.discard(model)
-        self._where[model] = device
-        self._devices[device].residents[model] = None
-        self._devices[device].free_channels += 1
+    def _end_load(self, model: int) -> None:
+        place = self._loading.pop(model)
+        self._where[model] = place
+        for device in place:
+            self._devices[device].residents[model] = None
+            self._devices[device].free_channels += 1
 
-    def _end_run(self, i: int, device: int, at_ns: int) -> None:
-        self._running[self._model[i]] -= 1
-        self._devices[device].free_slots += 1
+    def _end_run(self, i: int, at_ns: int) -> None:
+        model = self._model[i]
+        self._running[model] -= 1
+        for device in self._where[model]:
+            self._devices[device].free_slots += 1
         self._ended_ns = at_ns
 
     # --- The two disciplines
@@ -144,50 +155,58 @@ class _Baseline:
         while queue:
             i = queue[0]
             model = self._model[i]
-            device = self._where.get(model)
-            if device is None:
+            place = self._where.get(model)
+            if place is None:
                 self._load(model, at_ns)
                 return
-            if self._devices[device].free_slots == 0:
+            if any(self._devices[device].free_slots == 0 for device in place):
                 return
             queue.popleft()
-            self._start(i, device, at_ns)
+            self._start(i, place, at_ns)
 
     def _serve_by_model(self, at_ns: int) -> None:
-        waiting = sorted(self._queues, key=lambda model: self._queues[model][0])
-        while True:
-            # The oldest request of any resident model, until there are no slots.
-            ready = [m for m in waiting if self._can_run(m)]
-            if not ready:
-                break
-            model = min(ready, key=lambda m: self._queues[m][0])
-            self._start(self._queues[model].popleft(), self._where[model], at_ns)
-            if not self._queues[model]:
-                del self._queues[model]
-                waiting.remove(model)
-        for model in waiting:
-            if model in self._where or model in self._loading:
-                continue
-            if not any(device.free_channels for device in self._devices):
-                return
+        if any(device.free_slots for device in self._devices):
+            self._run_residents(at_ns)
+        if not any(device.free_channels for device in self._devices):
+            return
+        absent = [m for m in self._queues if m not in self._where and m not in self._loading]
+        for model in sorted(absent, key=lambda model: self._queues[model][0]):
             # Who cannot be loaded yet is not overtaken by younger ones.
             if not self._load(model, at_ns):
                 return
 
-    def _can_run(self, model: int) -> bool:
-        device = self._where.get(model)
-        return device is not None and self._devices[device].free_slots > 0
+    def _run_residents(self, at_ns: int) -> None:
+        """Start the oldest request of any resident model, until there are no slots."""
+        oldest = [(self._queues[model][0], model) for model in self._queues if model in self._where]
+        heapq.heapify(oldest)
+        busy = {d for d, device in enumerate(self._devices) if device.free_slots == 0}
+        while oldest and len(busy) < len(self._devices):
+            i, model = heapq.heappop(oldest)
+            place = self._where[model]
+            if not busy.isdisjoint(place):
+                # The slots that there are will not be taken from under it.
+                busy.update(place)
+                continue
+            queue = self._queues[model]
+            queue.popleft()
+            self._start(i, place, at_ns)
+            busy.update(device for device in place if self._devices[device].free_slots == 0)
+            if queue:
+                heapq.heappush(oldest, (queue[0], model))
+            else:
+                del self._queues[model]
 
-    def _start(self, i: int, device: int, at_ns: int) -> None:
+    def _start(self, i: int, place: tuple[int, ...], at_ns: int) -> None:
         model = self._model[i]
-        state = self._devices[device]
-        state.free_slots -= 1
-        # Used just now: to the end of the order.
-        del state.residents[model]
-        state.residents[model] = None
+        for device in place:
+            state = self._devices[device]
+            state.free_slots -= 1
+            # Used just now: to the end of the order.
+            del state.residents[model]
+            state.residents[model] = None
         self._running[model] += 1
         self._start_ns[i] = at_ns
-        heapq.heappush(self._events, (at_ns + self._run_ns[i], 0, i, device))
+        heapq.heappush(self._events, (at_ns + self._run_ns[i], 0, i))
 
     # --- Loads
 
@@ -195,44 +214,50 @@ class _Baseline:
         """Begin to load a model where the fewest have to leave; False if that is nowhere."""
         if model in self._loading:
             return True
-        best: tuple[int, int, list[int]] | None = None
-        for d, device in enumerate(self._devices):
-            if device.free_channels == 0 or self._size[model] > self._machine.budgets[d]:
+        best: tuple[int, tuple[int, ...], set[int]] | None = None
+        for place in self._places[model]:
+            if any(self._devices[d].free_channels == 0 for d in place):
                 continue
-            victims = self._victims(device, self._size[model])
+            victims = self._victims(place, self._part[model])
             if victims is not None and (best is None or len(victims) < best[0]):
-                best = (len(victims), d, victims)
+                best = (len(victims), place, victims)
         if best is None:
             return False
-        _, d, victims = best
-        device = self._devices[d]
+        _, place, victims = best
         for victim in victims:
-            del device.residents[victim]
-            del self._where[victim]
-            device.free_bytes += self._size[victim]
-        device.free_bytes -= self._size[model]
-        device.free_channels -= 1
+            for d in self._where.pop(victim):
+                del self._devices[d].residents[victim]
+                self._devices[d].free_bytes += self._part[victim]
+        for d in place:
+            self._devices[d].free_bytes -= self._part[model]
+            self._devices[d].free_channels -= 1
         self._eviction_count += len(victims)
-        self._loading.add(model)
+        self._loading[model] = place
         took_s = self._trace.models[model].load_s
         self._load_at.append(self._arrived - 1)
         self._load_took_s.append(took_s)
         pause_s = self._machine.unload_s if victims else 0.0
         end_ns = at_ns + max(1, int((took_s + pause_s) * _NS))
-        heapq.heappush(self._events, (end_ns, 1, model, d))
+        heapq.heappush(self._events, (end_ns, 1, model))
         return True
 
-    def _victims(self, device: _Device, size: int) -> list[int] | None:
-        """Who has to leave so that there is room; None if there is none even so."""
-        free = device.free_bytes
-        victims: list[int] = []
-        for resident in device.residents:
-            if free >= size:
-                break
-            if self._running[resident] == 0:
-                victims.append(resident)
-                free += self._size[resident]
-        return victims if free >= size else None
+    def _victims(self, place: tuple[int, ...], part: int) -> set[int] | None:
+        """Who has to leave so that there is room on each device; None if there is none even so."""
+        victims: set[int] = set()
+        for d in place:
+            device = self._devices[d]
+            free = device.free_bytes
+            # Who leaves another of the devices leaves this one, too.
+            free += sum(self._part[v] for v in victims if d in self._where[v])
+            for resident in device.residents:
+                if free >= part:
+                    break
+                if self._running[resident] == 0 and resident not in victims:
+                    victims.add(resident)
+                    free += self._part[resident]
+            if free < part:
+                return None
+        return victims
 
     def _outcome(self) -> Outcome:
         start_ns = np.asarray(self._start_ns, dtype=np.float64)

@@ -175,6 +175,19 @@ def _tenants(chance: np.random.Generator, requests: int, models: int, count: flo
     return which
 
 
+def _chain(chance: np.random.Generator, requests: int, models: int, share: float) -> Integers:
+    """Zipf 0.9, and each of those draws another model or two after it, always the same ones."""
+    first = _zipf(chance, requests, models, 0.9)
+    # Steps that are not 0 apart: nobody follows itself.
+    second = (np.arange(models) + chance.integers(1, models, models)) % models
+    third = (np.arange(models) + chance.integers(1, models, models)) % models
+    triples = np.column_stack((first, second[first], third[first]))
+    kept = np.column_stack(
+        (np.ones((requests, 2), dtype=np.bool_), chance.random(requests) < share)
+    )
+    return np.asarray(triples[kept][:requests], dtype=np.int64)
+
+
 def _onehit(chance: np.random.Generator, requests: int, models: int, share: float) -> Integers:
     """Zipf 0.9, and between them models that are wanted once and never again."""
     which = _zipf(chance, requests, models, 0.9)
@@ -192,8 +205,10 @@ FAMILIES: Final[Mapping[str, tuple[_Pattern, float, float, float]]] = MappingPro
         "burst": (_burst, 20, 1, 10_000),
         "tenants": (_tenants, 10, 1, 1000),
         "onehit": (_onehit, 0.3, 0.0, 1.0),
+        "chain": (_chain, 0.5, 0.0, 1.0),
     }
 )
 """For each family its pattern, and of its number the default, the least and the most: the exponent
 of ``zipf``, the phases of ``shift``, the share of the models that ``loop`` goes over, the shares of
-requests in scans and for one-hit models, the mean length of a ``burst``, the number of tenants."""
+requests in scans and for one-hit models, the mean length of a ``burst``, the number of tenants, the
+share of chains that are three long and not two."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations, islice
 from typing import Final
 
 from modelyard_server import _core
-from modelyard_server.simulation.trace import Trace
+from modelyard_server.simulation.trace import Trace, TracedModel
 
-__all__ = ["BoundYard", "Machine", "SimulationError", "bind_yard"]
+__all__ = ["BoundYard", "Machine", "SimulationError", "bind_yard", "places_of"]
 
+_MOST_PLACES: Final = 16
+"""Placements of a model that the core takes."""
 _EXPLAIN_CAPACITY: Final = 8192
 _READ_EVERY: Final = 1024
 _LEAVING: Final = frozenset({"EVICTED", "DRAINED"})
@@ -24,7 +28,8 @@ class Machine:
     """Devices, and how fast they are.
 
     Args:
-        budgets: bytes of each device; every model may live on any device that it fits on.
+        budgets: bytes of each device; every model may live on any device that it fits on, and one
+            that spans several on any of so many.
         device_names: of each device, for people.
         host_budget_bytes: of the host tier that keeps copies; 0 for none.
         slots: requests that run on a device at once. A serial replay has no use for it.
@@ -81,13 +86,13 @@ class BoundYard:
         yard: the core.
         core_ids: the yard's id of each of the trace's models, by position; 0 if it never occurs.
         positions: the other way round.
-        devices: for each of the trace's models, the device of each of its placements.
+        devices: for each of the trace's models, the devices of each of its placements.
     """
 
     yard: _core.Yard
     core_ids: list[int]
     positions: dict[int, int]
-    devices: list[tuple[int, ...]]
+    devices: list[tuple[tuple[int, ...], ...]]
     _told: int = 0
     _causes: dict[str, int] = field(default_factory=dict)
 
@@ -111,6 +116,16 @@ class BoundYard:
         causes = dict(sorted(self._causes.items()))
         unknown = self.yard.counters.eviction_count - sum(causes.values())
         return causes if unknown <= 0 else {**causes, "unknown": unknown}
+
+
+def places_of(model: TracedModel, budgets: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Return where a model may live: for each placement the devices that it is on at once.
+
+    Of a model that spans several there are at most sixteen, the first in the order of devices.
+    """
+    count, part_bytes = model.parts(len(budgets))
+    fitting = [d for d, budget in enumerate(budgets) if part_bytes <= budget]
+    return tuple(islice(combinations(fitting, count), _MOST_PLACES if count > 1 else None))
 
 
 def bind_yard(trace: Trace, machine: Machine, policy: str) -> BoundYard:
@@ -147,10 +162,11 @@ def bind_yard(trace: Trace, machine: Machine, policy: str) -> BoundYard:
     )
     for position in trace.used():
         model = trace.models[position]
-        size = model.size_bytes
-        fitting = tuple(d for d, budget in enumerate(machine.budgets) if size <= budget)
-        core_id = yard.add_model(model.name, [{d: size} for d in fitting], model.load_s)
+        places = places_of(model, machine.budgets)
+        _, part_bytes = model.parts(len(machine.budgets))
+        placements = [dict.fromkeys(place, part_bytes) for place in places]
+        core_id = yard.add_model(model.name, placements, model.load_s)
         bound.core_ids[position] = core_id
         bound.positions[core_id] = position
-        bound.devices[position] = fitting
+        bound.devices[position] = places
     return bound

@@ -84,7 +84,12 @@ def cost_belady_s(
 
     Returns:
         Seconds of loading of that schedule.
+
+    Raises:
+        ValueError: a model would span several devices, which this does not do.
     """
+    if any(trace.models[m].parts(len(budgets))[0] > 1 for m in trace.used()):
+        raise ValueError("models that span devices have no offline schedule here")
     return _CostBelady(trace, budgets).run(progress)
 
 

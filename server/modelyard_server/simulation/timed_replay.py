@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import random
 from array import array
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import Final
@@ -126,11 +126,11 @@ class _TimedReplay:
         self._start_ns = array("q", [-1]) * count
         self._refused: dict[str, int] = {}
         # Models and devices.
-        self._device = [0] * len(trace.models)
+        self._place: list[tuple[int, ...]] = [()] * len(trace.models)
         self._load_serial: dict[int, int] = {}
         self._load_s: dict[int, float] = {}
         self._free_slots = [machine.slots] * len(machine.budgets)
-        self._lanes: list[deque[int]] = [deque() for _ in machine.budgets]
+        self._lanes: list[list[int]] = [[] for _ in machine.budgets]
         # Loads.
         self._load_at = array("q")
         self._load_took_s = array("d")
@@ -269,7 +269,7 @@ class _TimedReplay:
     def _begin_load(self, core_id: int, placement: int) -> None:
         position = self._bound.positions[core_id]
         model = self._trace.models[position]
-        self._device[position] = self._bound.devices[position][placement]
+        self._place[position] = self._bound.devices[position][placement]
         entry = self._yard.entry(core_id)
         from_copy = entry is not None and entry.copy_state is _core.CopyState.KEPT
         took_s = model.host_load_s if from_copy else model.load_s
@@ -327,18 +327,41 @@ class _TimedReplay:
 
     def _grant(self, i: int, lease: int) -> None:
         self._lease[i] = lease
-        device = self._device[self._model[i]]
-        if self._free_slots[device] > 0:
-            self._start(i, device)
+        place = self._place[self._model[i]]
+        if all(self._free_slots[device] > 0 and not self._lanes[device] for device in place):
+            self._start(i, place)
         else:
             self._state[i] = _State.GRANTED
-            self._lanes[device].append(i)
+            for device in place:
+                insort(self._lanes[device], i)  # In the order of arrival.
+            # It may be before one that waits for a slot on another device.
+            self._serve_lanes(place)
 
-    def _start(self, i: int, device: int) -> None:
-        self._free_slots[device] -= 1
+    def _start(self, i: int, place: tuple[int, ...]) -> None:
+        for device in place:
+            self._free_slots[device] -= 1
         self._state[i] = _State.RUNNING
         self._start_ns[i] = self._at_ns
-        self._push(self._at_ns + self._run_ns[i], _Kind.RUN_END, i, device)
+        self._push(self._at_ns + self._run_ns[i], _Kind.RUN_END, i)
+
+    def _serve_lanes(self, devices: Iterable[int]) -> None:
+        """Start who is first in its lanes, as long as all of them have slots.
+
+        In a lane nobody is overtaken, so that a model on many devices finds them free together.
+        """
+        todo = list(devices)
+        while todo:
+            lane = self._lanes[device := todo.pop()]
+            while lane:
+                first = lane[0]
+                place = self._place[self._model[first]]
+                if any(self._free_slots[d] == 0 or self._lanes[d][0] != first for d in place):
+                    break
+                for d in place:
+                    del self._lanes[d][0]
+                self._start(first, place)
+                # Behind it others may be first now.
+                todo += [d for d in place if d != device]
 
     def _end_run(self, i: int) -> None:
         if self._state[i] == _State.RUNNING:
@@ -347,14 +370,11 @@ class _TimedReplay:
     def _leave_slot(self, i: int, state: _State) -> None:
         self._state[i] = state
         self._ended_ns = self._at_ns
-        device = self._device[self._model[i]]
-        self._free_slots[device] += 1
+        place = self._place[self._model[i]]
+        for device in place:
+            self._free_slots[device] += 1
         self._carry_out(self._yard.release(self._lease[i], self._now_ns))
-        lane = self._lanes[device]
-        while lane and self._free_slots[device] > 0:
-            waiting = lane.popleft()
-            if self._state[waiting] == _State.GRANTED:
-                self._start(waiting, device)
+        self._serve_lanes(place)
 
     def _cancel(self, i: int) -> None:
         state = self._state[i]
@@ -364,9 +384,12 @@ class _TimedReplay:
             del self._request_of[ticket]
             self._carry_out(self._yard.cancel(ticket, self._now_ns))
         elif state == _State.GRANTED:
-            # It stays in its lane, where it is passed over.
             self._state[i] = _State.CANCELLED
+            place = self._place[self._model[i]]
+            for device in place:
+                self._lanes[device].remove(i)
             self._carry_out(self._yard.release(self._lease[i], self._now_ns))
+            self._serve_lanes(place)
         elif state == _State.RUNNING:
             self._start_ns[i] = -1
             self._leave_slot(i, _State.CANCELLED)

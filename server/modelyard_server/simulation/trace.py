@@ -54,6 +54,8 @@ class TracedModel:
         load_s: how long a load from the files takes, in seconds.
         host_load_s: how long a load from a copy in host memory takes, in seconds.
         origin: where it was read, such as ``day.csv:17``.
+        spans: over how many devices it is split, evenly, where there are so many. A load takes the
+            load channel of each, a run a slot of each.
     """
 
     name: str
@@ -61,6 +63,12 @@ class TracedModel:
     load_s: float
     host_load_s: float
     origin: str
+    spans: int = 1
+
+    def parts(self, device_count: int) -> tuple[int, int]:
+        """Return on how many of some devices it is at once, and the bytes that it takes of each."""
+        count = min(self.spans, device_count)
+        return count, -(-self.size_bytes // count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,18 +116,23 @@ class Trace:
         return sum(self.models[m].load_s for m in self.used())
 
     def check_fits(self, budgets: Sequence[int]) -> None:
-        """Check that every wanted model fits into the largest budget.
+        """Check that every wanted model fits into the largest budgets.
 
         Raises:
             TraceError: one does not; the text says where it was read.
         """
-        largest = max(budgets)
+        largest = sorted(budgets, reverse=True)
         for position in self.used():
             model = self.models[position]
-            if model.size_bytes > largest:
+            count, part_bytes = model.parts(len(budgets))
+            if part_bytes > largest[count - 1]:
+                what = f"{model.origin}: model {model.name!r} of {format_size(model.size_bytes)}"
+                budget = format_size(largest[count - 1])
+                if count == 1:
+                    raise TraceError(f"{what} is larger than the largest budget, {budget}")
                 raise TraceError(
-                    f"{model.origin}: model {model.name!r} of {format_size(model.size_bytes)} is "
-                    f"larger than the largest budget, {format_size(largest)}"
+                    f"{what} takes {format_size(part_bytes)} of each of {count} devices, and "
+                    f"fewer have a budget above {budget}"
                 )
 
 
