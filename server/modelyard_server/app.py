@@ -13,12 +13,15 @@ from modelyard.v1 import (
     device_service_pb2,
     model_service_pb2,
     residency_service_pb2,
+    route_service_pb2,
 )
 from modelyard_server.catalog.catalog import Catalog
 from modelyard_server.catalog.model import ModelDraft
 from modelyard_server.catalog.plans import DevicePlans
 from modelyard_server.catalog.registry import Registry
 from modelyard_server.catalog.restoring import ConfiguredModel, Restorer
+from modelyard_server.catalog.route import RouteDraft
+from modelyard_server.catalog.route_registry import RouteRegistry
 from modelyard_server.catalog.store import CatalogStore
 from modelyard_server.catalog.writes import Writes
 from modelyard_server.config import Config, ModelConfig
@@ -44,6 +47,7 @@ from modelyard_server.services.inference import InferenceService
 from modelyard_server.services.models import ModelService
 from modelyard_server.services.recording import RecordingService
 from modelyard_server.services.residencies import ResidencyService
+from modelyard_server.services.routes import RouteService
 from modelyard_server.services.status import defect_reply, reply_of
 from modelyard_server.services.watch import WatchService
 from modelyard_server.transport.aio import AioTransport, most_sent_bytes
@@ -100,7 +104,14 @@ class Application:
         runtimes = {model.runtime for model in self.config.models}
         runtimes |= {model.runtime for model in stored.models}
         await self.engine.start(sorted(runtimes))
-        await self.restorer.restore([_configured(model) for model in self.config.models], stored)
+        await self.restorer.restore(
+            [_configured(model) for model in self.config.models],
+            stored,
+            [
+                RouteDraft(id=route.id, keys=route.keys, model=route.model)
+                for route in self.config.routes
+            ],
+        )
         return await self.transport.start(self.config.server.listen)
 
     async def stop(self, grace_s: float) -> bool:
@@ -145,6 +156,7 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
         settings=YardSettings(
             budgets=tuple(device.budget_bytes for device in devices),
             policy=config.yard.policy,
+            order=config.yard.order,
             max_waiting_per_model=config.yard.max_waiting_per_model,
             max_waiting=config.yard.max_waiting,
             loads_per_device=config.yard.loads_per_device,
@@ -173,6 +185,7 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
         journal=journal,
     )
     engine.on_measured = registry.note_runs
+    routes = RouteRegistry(catalog=catalog, residency=residency, writes=writes, journal=journal)
     plans = DevicePlans(
         devices=devices,
         catalog=catalog,
@@ -185,6 +198,7 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
     restorer = Restorer(
         devices=devices,
         registry=registry,
+        routes=routes,
         plans=plans,
         residency=residency,
         writes=writes,
@@ -205,6 +219,14 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
         ModelService(
             catalog=catalog,
             registry=registry,
+            residency=residency,
+            writes=writes,
+            device_names=names,
+            max_deadline_s=max_deadline_s,
+        ),
+        RouteService(
+            catalog=catalog,
+            registry=routes,
             residency=residency,
             writes=writes,
             device_names=names,
@@ -304,6 +326,7 @@ def _handlers(
     inference: InferenceService,
     batches: BatchService,
     models: ModelService,
+    routes: RouteService,
     devices: DeviceService,
     residencies: ResidencyService,
     admin: AdminService,
@@ -312,8 +335,9 @@ def _handlers(
     *,
     acting: Callable[[str], AbstractContextManager[None]],
 ) -> Handlers:
-    m, d, r, a = (
+    m, k, d, r, a = (
         model_service_pb2,
+        route_service_pb2,
         device_service_pb2,
         residency_service_pb2,
         admin_service_pb2,
@@ -329,6 +353,14 @@ def _handlers(
             "ListModels": unary(m.ListModelsRequest, models.list_models),
             "UpdateModel": unary(m.UpdateModelRequest, models.update_model, acting=acting),
             "DeleteModel": unary(m.DeleteModelRequest, models.delete_model, acting=acting),
+        },
+        "modelyard.v1.RouteService": {
+            "CreateRoute": unary(k.CreateRouteRequest, routes.create_route, acting=acting),
+            "GetRoute": unary(k.GetRouteRequest, routes.get_route),
+            "ListRoutes": unary(k.ListRoutesRequest, routes.list_routes),
+            "UpdateRoute": unary(k.UpdateRouteRequest, routes.update_route, acting=acting),
+            "DeleteRoute": unary(k.DeleteRouteRequest, routes.delete_route, acting=acting),
+            "ResolveRoute": unary(k.ResolveRouteRequest, routes.resolve_route),
         },
         "modelyard.v1.DeviceService": {
             "ListDevices": unary(d.ListDevicesRequest, devices.list_devices),

@@ -17,6 +17,7 @@ __all__ = [
     "Owner",
     "PlacementRecord",
     "RequestRecord",
+    "RouteRecord",
     "Stored",
 ]
 
@@ -24,7 +25,7 @@ _MOST_BYTES = 2**63 - 1
 
 
 class Owner(enum.Enum):
-    """Who says what a model is: the configuration file, or whoever called CreateModel."""
+    """Who says what a model or route is: the configuration file, or whoever called the API."""
 
     CONFIG = "config"
     API = "api"
@@ -70,6 +71,41 @@ class ModelRecord:
     def __post_init__(self) -> None:
         _check_distinct(f"keys of model {self.id!r}", self.keys)
         _check_utc("created", self.created)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteRecord:
+    """A registered route.
+
+    Args:
+        id: the route's id.
+        owner: who says what it is.
+        keys: its keys, in order; at least one.
+        model: id of the model that they mean, which may be gone.
+        created: when it was registered, in UTC.
+        updated: when it was last changed, in UTC.
+        etag: changes whenever the route changes.
+        origin: for Owner.CONFIG a digest of what the file said; "" for Owner.API.
+
+    Raises:
+        ValueError: there is no key, or one is given twice, or a time is not in UTC.
+    """
+
+    id: str
+    owner: Owner
+    keys: tuple[str, ...]
+    model: str
+    created: datetime
+    updated: datetime
+    etag: str
+    origin: str
+
+    def __post_init__(self) -> None:
+        if not self.keys:
+            raise ValueError(f"route {self.id!r} has no keys")
+        _check_distinct(f"keys of route {self.id!r}", self.keys)
+        _check_utc("created", self.created)
+        _check_utc("updated", self.updated)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +182,8 @@ class Change:
     Args:
         put_models: models to add or overwrite; their placements by a plan stay.
         delete_models: ids of models to delete, with their keys and their placements by a plan.
+        put_routes: routes to add or overwrite.
+        delete_routes: ids of routes to delete, with their keys.
         put_devices: devices to add or overwrite.
         put_placements: placements to add or overwrite.
         delete_placements: ids of models that go back to their own placement.
@@ -160,6 +198,8 @@ class Change:
 
     put_models: tuple[ModelRecord, ...] = ()
     delete_models: tuple[str, ...] = ()
+    put_routes: tuple[RouteRecord, ...] = ()
+    delete_routes: tuple[str, ...] = ()
     put_devices: tuple[DeviceRecord, ...] = ()
     put_placements: tuple[PlacementRecord, ...] = ()
     delete_placements: tuple[str, ...] = ()
@@ -172,6 +212,7 @@ class Change:
         if self.plan_time is not None:
             _check_utc("plan_time", self.plan_time)
         _check_distinct("put_models", (model.id for model in self.put_models))
+        _check_distinct("put_routes", (route.id for route in self.put_routes))
         _check_distinct("put_devices", (device.name for device in self.put_devices))
         _check_distinct("put_placements", (put.model for put in self.put_placements))
 
@@ -186,6 +227,7 @@ class Stored:
         placements: in the order of their models.
         plan_revision: how many plans were applied.
         plan_time: when the last one was, in UTC; None: never.
+        routes: in the order of their ids.
     """
 
     models: tuple[ModelRecord, ...]
@@ -193,6 +235,7 @@ class Stored:
     placements: tuple[PlacementRecord, ...]
     plan_revision: int
     plan_time: datetime | None
+    routes: tuple[RouteRecord, ...] = ()
 
 
 def _check_distinct(what: str, names: Iterable[str]) -> None:

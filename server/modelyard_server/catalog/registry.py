@@ -45,6 +45,9 @@ _FIELDS_OF_OPTIONS = {"runtime": "runtime", "task": "task", "folder": "source"}
 _FIRST_GUESS_BYTES_PER_S = 1e9
 """Load speed assumed until a load has been measured."""
 
+_MOST_NAMED = 8
+"""Routes that a refusal names."""
+
 _IN_MEMORY = frozenset({State.LOADING, State.RESIDENT})
 
 Remember = Callable[[Registration], RequestRecord | None]
@@ -235,9 +238,10 @@ class Registry:
         """Takes a model out; its memory comes back when its requests have ended.
 
         Raises:
-            Refusal: CONFIG_OWNED, CATALOG_UNAVAILABLE.
+            Refusal: CONFIG_OWNED, MODEL_IN_USE (routes give it keys), CATALOG_UNAVAILABLE.
         """
         self._check_owner(model)
+        self._check_not_routed_to(model)
 
         async def finish() -> None:
             await self._writes.write(Change(delete_models=(model.id,), request=request))
@@ -469,6 +473,18 @@ class Registry:
                 Reason.CONFIG_OWNED,
                 f"model {model.id!r} belongs to the configuration file: change it there; pins and "
                 "device plans apply to it as well",
+                resource=Resource("model", f"models/{model.id}"),
+            )
+
+    def _check_not_routed_to(self, model: Model) -> None:
+        if routes := self._catalog.routes_to(model.id):
+            names = [f"routes/{route.id}" for route in routes]
+            shown = ", ".join(names[:_MOST_NAMED]) + (", ..." if names[_MOST_NAMED:] else "")
+            raise Refusal(
+                Reason.MODEL_IN_USE,
+                f"model {model.id!r} is what keys of {shown} mean: delete those or point them to "
+                "another model first",
+                metadata={"routes": shown},
                 resource=Resource("model", f"models/{model.id}"),
             )
 

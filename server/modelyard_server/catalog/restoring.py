@@ -27,6 +27,8 @@ from modelyard_server.catalog.records import (
     Stored,
 )
 from modelyard_server.catalog.registry import Checked, Registry
+from modelyard_server.catalog.route import Route, RouteDraft
+from modelyard_server.catalog.route_registry import RouteRegistry
 from modelyard_server.catalog.writes import Writes
 from modelyard_server.devices.budgets import budget_violations
 from modelyard_server.devices.host_tier import HostTier
@@ -71,6 +73,7 @@ class Restorer:
     Args:
         devices: by position, with their configured budgets.
         registry: registers the models.
+        routes: registers the routes.
         plans: is told the stored plan's revision.
         residency: gets budgets, drains and pins.
         writes: makes durable what the file has changed.
@@ -82,6 +85,7 @@ class Restorer:
         *,
         devices: Sequence[ManagedDevice],
         registry: Registry,
+        routes: RouteRegistry,
         plans: DevicePlans,
         residency: Residency,
         writes: Writes,
@@ -90,24 +94,31 @@ class Restorer:
         self._devices = tuple(devices)
         self._tier = tier
         self._registry = registry
+        self._routes = routes
         self._plans = plans
         self._residency = residency
         self._writes = writes
 
-    async def restore(self, configured: Sequence[ConfiguredModel], stored: Stored) -> None:
+    async def restore(
+        self,
+        configured: Sequence[ConfiguredModel],
+        stored: Stored,
+        routes: Sequence[RouteDraft] = (),
+    ) -> None:
         """Registers everything, and stores what the file has changed since the last time.
 
         A model whose files are broken now is registered all the same: a broken model breaks only
         itself.
 
         Raises:
-            Refusal: a model or key of the file is one that the API has registered, or the file
-                itself is wrong about a model; its text names the model.
+            Refusal: a model, route or key of the file is one that the API has registered, or the
+                file itself is wrong about a model; its text names the model or route.
         """
         self._plans.restored(stored.plan_revision, stored.plan_time)
         dropped_devices = self._restore_devices(stored.devices)
         wanted, dropped_models, dropped_placements = _merge(configured, stored)
         models = await self._register(wanted)
+        put_routes = self._restore_routes(routes, stored)
         for each in wanted:
             if each.given is not None and models[each.draft.id].given is None:
                 dropped_placements.append(each.draft.id)
@@ -118,6 +129,12 @@ class Restorer:
                 if (record := models[each.draft.id].record(pinned=each.pinned)) not in stored.models
             ),
             delete_models=tuple(dropped_models),
+            put_routes=tuple(route.record() for route in put_routes),
+            delete_routes=tuple(
+                record.id
+                for record in stored.routes
+                if record.owner is Owner.CONFIG and record.id not in {each.id for each in routes}
+            ),
             delete_placements=tuple(dropped_placements),
             delete_devices=tuple(dropped_devices),
         )
@@ -131,6 +148,37 @@ class Restorer:
         for each in wanted:
             if each.pinned:
                 self._pin(models[each.draft.id])
+
+    def _restore_routes(self, configured: Sequence[RouteDraft], stored: Stored) -> list[Route]:
+        """Registers the routes; returns those that are not as they are stored."""
+        records = {record.id: record for record in stored.routes}
+        routes: list[Route] = []
+        changed = []
+        for draft in configured:
+            record = records.get(draft.id)
+            if record is not None and record.owner is Owner.API:
+                raise Refusal(
+                    Reason.ALREADY_EXISTS,
+                    f"routes.{draft.id}: the catalog holds a route of this name that CreateRoute "
+                    "registered; delete that one, or name this one otherwise",
+                    resource=Resource("route", f"routes/{draft.id}"),
+                )
+            if record is not None and record.origin == draft.digest():
+                routes.append(Route.of(record))
+                continue
+            answer = self._routes.check(
+                draft,
+                owner=Owner.CONFIG,
+                created=None if record is None else record.created,
+                origin=draft.digest(),
+            )
+            for warning in answer.warnings:
+                logger.warning("route %s: %s", draft.id, warning)
+            changed.append(answer.route)
+        routes += changed
+        routes += [Route.of(record) for record in stored.routes if record.owner is Owner.API]
+        self._routes.restore(routes)
+        return changed
 
     def _restore_devices(self, records: Sequence[DeviceRecord]) -> list[str]:
         """Sets budgets and drains; returns names whose records are void."""

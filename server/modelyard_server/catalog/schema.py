@@ -1,9 +1,9 @@
 """The tables of the catalog's store: their versions, and how records become rows and come back.
 
 Every function takes a connection in autocommit mode. `migrate` makes its own transactions; the
-others run inside the caller's. Keys are rows of `routes`, so that the database itself sees to it
-that a key means one model. A model's id is a key as well: its row has no position unless the id was
-also given among the keys.
+others run inside the caller's. Keys are rows of `routes`, those of models and those of routes, so
+that the database itself sees to it that a key means one thing. A model's id is a key as well: its
+row has no position unless the id was also given among the keys.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from modelyard_server.catalog.records import (
     Owner,
     PlacementRecord,
     RequestRecord,
+    RouteRecord,
     Stored,
 )
 from modelyard_server.runtimes.api import JsonValue
@@ -90,6 +91,31 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             time_us INTEGER NOT NULL
         )""",
     ),
+    (
+        # No reference: a route outlives a model that left the configuration file.
+        """CREATE TABLE route_records (
+            id TEXT NOT NULL PRIMARY KEY,
+            owner TEXT NOT NULL CHECK (owner IN ('config', 'api')),
+            model TEXT NOT NULL,
+            created_us INTEGER NOT NULL,
+            updated_us INTEGER NOT NULL,
+            etag TEXT NOT NULL,
+            origin TEXT NOT NULL
+        )""",
+        "ALTER TABLE routes RENAME TO routes_before",
+        "DROP INDEX routes_by_model",
+        """CREATE TABLE routes (
+            key TEXT NOT NULL PRIMARY KEY,
+            model TEXT REFERENCES models ON DELETE CASCADE,
+            route TEXT REFERENCES route_records ON DELETE CASCADE,
+            position INTEGER,
+            CHECK ((model IS NULL) <> (route IS NULL))
+        )""",
+        "INSERT INTO routes SELECT key, model, NULL, position FROM routes_before",
+        "DROP TABLE routes_before",
+        "CREATE INDEX routes_by_model ON routes (model, position)",
+        "CREATE INDEX routes_by_route ON routes (route, position)",
+    ),
 )
 """Step i takes a file from version i to i + 1. A step that was released never changes again."""
 
@@ -146,10 +172,12 @@ def read_stored(connection: sqlite3.Connection) -> Stored:
         ValueError: a row is not what `apply_change` writes.
     """
     keys: dict[str, list[str]] = {}
-    for key, model in connection.execute(
-        "SELECT key, model FROM routes WHERE position IS NOT NULL ORDER BY model, position"
+    of_routes: dict[str, list[str]] = {}
+    for key, model, route in connection.execute(
+        "SELECT key, model, route FROM routes WHERE position IS NOT NULL"
+        " ORDER BY model, route, position"
     ):
-        keys.setdefault(model, []).append(key)
+        (keys if route is None else of_routes).setdefault(model or route, []).append(key)
     revision, time_us = connection.execute("SELECT revision, time_us FROM plan").fetchone()
     return Stored(
         models=tuple(
@@ -173,6 +201,22 @@ def read_stored(connection: sqlite3.Connection) -> Stored:
         ),
         plan_revision=revision,
         plan_time=None if time_us is None else _time(time_us),
+        routes=tuple(
+            RouteRecord(
+                id=name,
+                owner=Owner(owner),
+                keys=tuple(of_routes.get(name, ())),
+                model=model,
+                created=_time(created_us),
+                updated=_time(updated_us),
+                etag=etag,
+                origin=origin,
+            )
+            for name, owner, model, created_us, updated_us, etag, origin in connection.execute(
+                "SELECT id, owner, model, created_us, updated_us, etag, origin"
+                " FROM route_records ORDER BY id"
+            )
+        ),
     )
 
 
@@ -198,13 +242,26 @@ def apply_change(connection: sqlite3.Connection, change: Change, now: datetime) 
         now: the time of the plan, if it is a new one.
 
     Raises:
-        ValueError: two models would share a key, a placement is for a model that is not there, or
+        ValueError: a key would mean two things, a placement is for a model that is not there, or
             the request was recorded before. The caller rolls back.
     """
     _delete(connection, "models", "id", change.delete_models)
+    _delete(connection, "route_records", "id", change.delete_routes)
     _delete(connection, "devices", "name", change.delete_devices)
     _delete(connection, "placements", "model", change.delete_placements)
     _put_models(connection, change.put_models)
+    _put_routes(connection, change.put_routes)
+    # Once nothing of the change holds its old keys, so that a key can go from one to another.
+    for model in change.put_models:
+        positions: dict[str, int | None] = {model.id: None}
+        positions.update((key, position) for position, key in enumerate(model.keys))
+        _put_keys(connection, positions, model=model.id)
+    for route in change.put_routes:
+        _put_keys(
+            connection,
+            {key: position for position, key in enumerate(route.keys)},
+            route=route.id,
+        )
     for device in change.put_devices:
         connection.execute(
             "INSERT INTO devices (name, budget_bytes, drained, origin) VALUES (?, ?, ?, ?)"
@@ -279,20 +336,46 @@ def _put_models(connection: sqlite3.Connection, models: Sequence[ModelRecord]) -
             ),
         )
         _delete(connection, "routes", "model", (model.id,))
-    # Once no model of the change holds its old keys, so that a key can go from one to another.
-    for model in models:
-        positions: dict[str, int | None] = {model.id: None}
-        positions.update((key, position) for position, key in enumerate(model.keys))
-        for key, place in positions.items():
-            try:
-                connection.execute("INSERT INTO routes VALUES (?, ?, ?)", (key, model.id, place))
-            except sqlite3.IntegrityError:
-                (other,) = connection.execute(
-                    "SELECT model FROM routes WHERE key = ?", (key,)
-                ).fetchone()
-                raise ValueError(
-                    f"key {key!r} would mean the models {other!r} and {model.id!r}"
-                ) from None
+
+
+def _put_routes(connection: sqlite3.Connection, routes: Sequence[RouteRecord]) -> None:
+    for route in routes:
+        connection.execute(
+            "INSERT INTO route_records (id, owner, model, created_us, updated_us, etag, origin)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (id) DO UPDATE SET owner = excluded.owner, model = excluded.model,"
+            " created_us = excluded.created_us, updated_us = excluded.updated_us,"
+            " etag = excluded.etag, origin = excluded.origin",
+            (
+                *(route.id, route.owner.value, route.model, _microseconds(route.created)),
+                *(_microseconds(route.updated), route.etag, route.origin),
+            ),
+        )
+        _delete(connection, "routes", "route", (route.id,))
+
+
+def _put_keys(
+    connection: sqlite3.Connection,
+    positions: Mapping[str, int | None],
+    *,
+    model: str | None = None,
+    route: str | None = None,
+) -> None:
+    """Gives keys to a model or to a route. Raises ValueError if one is taken."""
+    for key, place in positions.items():
+        try:
+            connection.execute("INSERT INTO routes VALUES (?, ?, ?, ?)", (key, model, route, place))
+        except sqlite3.IntegrityError:
+            other, other_route = connection.execute(
+                "SELECT model, route FROM routes WHERE key = ?", (key,)
+            ).fetchone()
+            if other is not None and model is not None:
+                what = f"the models {other!r} and {model!r}"
+            elif other is None and model is None:
+                what = f"by the routes {other_route!r} and {route!r}"
+            else:
+                what = f"the model {model or other!r} and by the route {route or other_route!r}"
+            raise ValueError(f"key {key!r} would mean {what}") from None
 
 
 def _put_request(connection: sqlite3.Connection, request: RequestRecord) -> None:

@@ -168,7 +168,7 @@ class CatalogStore:
         caller is cancelled; the cancellation is raised once it is known how the change ended.
 
         Raises:
-            ValueError: the change contradicts what is stored: two models would share a key, a
+            ValueError: the change contradicts what is stored: a key would mean two things, a
                 placement is for a model that is not there, or a request was recorded before.
                 Nothing was changed.
             TypeError: options or a placement that is no JSON. Nothing was changed.

@@ -104,7 +104,7 @@ class Succession:
         """
         for heir in self._heirs:
             # Leased, the old copies are nobody's victims: least of all their heirs'.
-            old = self._residency.try_lease(heir.old.handle)
+            old = self._residency.try_lease(heir.old.handle, asked=True)
             if old is not None:
                 self._leases.callback(old.release)
         staged = [heir for heir in self._heirs if heir.staged and not heir.stays]

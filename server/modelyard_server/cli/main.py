@@ -15,6 +15,7 @@ from modelyard_server.cli import (
     models,
     record,
     residencies,
+    routes,
     simulate,
     watch,
 )
@@ -83,6 +84,7 @@ def demo(
 client.register(app)
 devices.register(app)
 models.register(app)
+routes.register(app)
 residencies.register(app)
 watch.register(app)
 config.register(app)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import typer
@@ -21,12 +22,22 @@ import typer
 from modelyard_server.devices.sizes import format_size
 
 if TYPE_CHECKING:
-    from modelyard import DeviceCharge, HostTier, ManagedDevice, Residency
+    from modelyard import (
+        BatchFigures,
+        Departures,
+        DeviceCharge,
+        HostTier,
+        ManagedDevice,
+        Regret,
+        Residency,
+    )
 
 __all__ = [
+    "batch_rows",
     "cell",
     "charges",
     "clock",
+    "departure_rows",
     "duration",
     "note",
     "plain",
@@ -37,6 +48,7 @@ __all__ = [
     "print_residencies",
     "print_table",
     "printable",
+    "regret_row",
     "short_name",
     "show_residency",
     "size",
@@ -151,6 +163,62 @@ def tier_rows(tier: HostTier) -> list[list[str]]:
         ["  copies dropped", str(tier.dropped_count)],
         ["  loads from copies", str(tier.promotion_count)],
     ]
+
+
+_CAUSES: Final = MappingProxyType(
+    {
+        "MODEL": "to make room for a model",
+        "BUDGET": "over a budget",
+        "DEVICE_DRAINED": "off a drained device",
+        "OPERATOR": "unloaded by hand",
+        "REMOVED": "deleted or replaced",
+        "LOST": "lost with their process",
+    }
+)
+
+
+def regret_row(regret: Regret) -> list[str]:
+    """Return the row about LRU in a table of figures."""
+    more = "more" if regret.regret_s >= 0 else "less"
+    told = f"{duration(regret.lru_load_s)}, it is {duration(abs(regret.regret_s))} {more} here"
+    return ["  under LRU", told]
+
+
+def departure_rows(departures: Departures) -> list[list[str]]:
+    """Return the rows about models that had to leave in a table of figures."""
+    rows = [["models told to leave", str(sum(departures.counts.values()))]]
+    rows += [
+        [f"  {_CAUSES.get(cause, cause.lower())}", str(count)]
+        for cause, count in departures.counts.items()
+    ]
+    of = f"last {departures.age_count} chosen"
+    for name, median_s, p90_s in (
+        ("idle before", departures.median_idle_s, departures.p90_idle_s),
+        ("resident before", departures.median_resident_s, departures.p90_resident_s),
+    ):
+        if median_s is not None and p90_s is not None:
+            told = f"median {duration(median_s)}, p90 {duration(p90_s)} ({of})"
+            rows.append([f"  {name}", told])
+    return rows
+
+
+def batch_rows(batches: BatchFigures) -> list[list[str]]:
+    """Return the rows about batches in a table of figures."""
+    rows = [
+        [
+            "batches",
+            f"{batches.batch_count} of {batches.request_count} requests, {batches.row_count} rows",
+        ],
+        [
+            "  at most",
+            f"{batches.largest_request_count} requests, {batches.largest_row_count} rows",
+        ],
+        ["  requests alone", str(batches.alone_count)],
+        ["  run again in parts", str(batches.split_count)],
+    ]
+    if batches.padding_ratio is not None:
+        rows.append(["  padding", f"{batches.padding_ratio:.1%} at most"])
+    return [*rows, ["requests that share no run", str(batches.unshared_count)]]
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

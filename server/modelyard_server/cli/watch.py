@@ -16,6 +16,7 @@ from modelyard_server.cli.connection import (
     ask,
     exit_codes,
 )
+from modelyard_server.cli.explaining import evictions_told
 from modelyard_server.cli.printing import (
     charges,
     clock,
@@ -120,7 +121,7 @@ def _explain(
     timeout: Timeout = 30.0,
     as_json: AsJson = False,
 ) -> None:
-    """Tell why a model is where it is, and what happened to it and for it."""
+    """Tell why a model is where it is, why it had to leave, and what that has cost."""
     explanation = ask(server, timeout, lambda admin: admin.explain(model), model=model)
     if as_json:
         print_json(explanation)
@@ -130,6 +131,8 @@ def _explain(
         print_residencies([explanation.residency])
     if explanation.truncated:
         print_line("older events have been dropped")
+    for line in evictions_told(explanation.evictions):
+        print_line(line)
     if explanation.events:
         print_table(
             ["time", "event", "subject", "for", "bytes", "what"],

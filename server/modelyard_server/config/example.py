@@ -29,6 +29,7 @@ log_level = "info"               # debug, info, warning or error
 
 [yard]
 policy = "ensemble"              # how victims are chosen: see docs/eviction.md for the others
+order = "urgency"                # who is next; "fifo": strictly who came first, at any price
 max_waiting_per_model = 1024     # requests; one more is refused with QUEUE_FULL
 max_waiting = 65536              # the same for all models together
 overdue_after_s = 30             # who waits longer may make models in use give way
@@ -87,4 +88,9 @@ pinned = false                   # true: loaded at the start, never evicted
 
 [models.echo]                    # answers with its input; needs no weights
 runtime = "identity"
+
+[[routes]]                       # keys that can be pointed to another model: see docs/routes.md
+id = "greetings"                 # its name; no key
+keys = ["acme/greet", "hello"]   # at least one; a key is in one route, or a model's own
+model = "echo"                   # what they mean: one of [models]
 """

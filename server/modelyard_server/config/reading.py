@@ -32,11 +32,13 @@ from modelyard_server.config.values import (
     EngineConfig,
     HostTierConfig,
     ModelConfig,
+    RouteConfig,
     Section,
     ServerConfig,
     WeightsConfig,
     YardConfig,
     plan_conflicts,
+    route_conflicts,
     rule_of,
     settings,
     tier_conflicts,
@@ -50,7 +52,7 @@ MAX_CONFIG_BYTES: Final = 16 * 1024**2
 
 _SECTIONS: Final = (
     *("server", "yard", "catalog", "weights", "engine", "host_tier", "devices", "roots"),
-    *("runtimes", "models"),
+    *("runtimes", "models", "routes"),
 )
 _AT_LINE: Final = re.compile(r" \(at (?:line ([0-9]+), column [0-9]+|end of document)\)$")
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -172,11 +174,13 @@ class _Reader:
         weights = self._weights()
         engine = self._section(EngineConfig, ("engine",), self._table(("engine",)))
         tier = self._section(HostTierConfig, ("host_tier",), self._table(("host_tier",)))
-        devices = self._devices()
+        devices = self._array("devices", DeviceConfig)
         root_tables = self._table(("roots",))
         roots = self._roots(root_tables)
         allowed = self._allowed_factories()
         models = self._models()
+        routes = self._array("routes", RouteConfig)
+        self._report_all((), route_conflicts(routes or (), models))
         # Roots count by name: one whose folder is wrong has been reported, and is declared.
         for path, text in plan_conflicts(devices or (), frozenset(root_tables), models):
             # Where [[devices]] is no array of tables, that alone is worth a report.
@@ -195,6 +199,7 @@ class _Reader:
             devices=tuple(DeviceConfig(**given) for given in devices or ()),
             roots=roots,
             models=tuple(ModelConfig(**given) for given in models.values()),
+            routes=tuple(RouteConfig(**given) for given in routes or ()),
             allowed_factories=allowed,
         )
 
@@ -235,16 +240,13 @@ class _Reader:
         store = None if found["in_place"] else found.get("store", store)
         return WeightsConfig(store=store, read=found["read"], arena=found["arena"])
 
-    def _devices(self) -> list[dict[str, Any]] | None:
-        """Read the devices; None if they are no array of tables."""
-        value = self._document.get("devices", [])
+    def _array(self, name: str, section: type[Section]) -> list[dict[str, Any]] | None:
+        """Read an array of tables; None if it is none."""
+        value = self._document.get(name, [])
         if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-            self._report(("devices",), "must be an array of tables: write [[devices]] above each")
+            self._report((name,), f"must be an array of tables: write [[{name}]] above each")
             return None
-        return [
-            self._section(DeviceConfig, ("devices", index), table)
-            for index, table in enumerate(value)
-        ]
+        return [self._section(section, (name, index), table) for index, table in enumerate(value)]
 
     def _models(self) -> dict[str, dict[str, Any]]:
         models: dict[str, dict[str, Any]] = {}

@@ -34,6 +34,7 @@ __all__ = [
     "one_of",
     "optional_budget",
     "options",
+    "route_keys",
     "seconds",
     "size",
     "text_of",
@@ -196,6 +197,13 @@ def keys(value: object) -> tuple[str, ...]:
     return _strings(value, _key)
 
 
+def route_keys(value: object) -> tuple[str, ...]:
+    """Accept an array of at least one key. One that is listed twice counts once."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and not value:
+        raise RuleError("must hold at least one key")
+    return _strings(value, _key, repeats=True)
+
+
 def factories(value: object) -> tuple[str, ...]:
     """Accept an array of different ``module:function`` names."""
     return _strings(value, _factory)
@@ -304,7 +312,9 @@ def _factory(value: object) -> str:
     return text
 
 
-def _strings(value: object, rule: Callable[[object], str]) -> tuple[str, ...]:
+def _strings(
+    value: object, rule: Callable[[object], str], *, repeats: bool = False
+) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise RuleError(f"must be an array of strings, got {kind(value)}")
     findings: list[Finding] = []
@@ -315,7 +325,7 @@ def _strings(value: object, rule: Callable[[object], str]) -> tuple[str, ...]:
         except RuleError as error:
             findings.append(((index,), str(error)))
             continue
-        if accepted.setdefault(text, index) != index:
+        if accepted.setdefault(text, index) != index and not repeats:
             findings.append(((index,), f"{quoted(text)} is listed twice: remove one"))
     if findings:
         # Each accepted text at its own place, so that others can still say where it is.

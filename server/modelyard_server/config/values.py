@@ -23,6 +23,7 @@ from modelyard_server.devices.sizes import MAX_SIZE_BYTES
 
 __all__ = [
     "MAX_DEVICES",
+    "ORDERS",
     "POLICIES",
     "READ_MODES",
     "TASKS",
@@ -32,11 +33,13 @@ __all__ = [
     "EngineConfig",
     "HostTierConfig",
     "ModelConfig",
+    "RouteConfig",
     "Section",
     "ServerConfig",
     "WeightsConfig",
     "YardConfig",
     "plan_conflicts",
+    "route_conflicts",
     "rule_of",
     "settings",
     "tier_conflicts",
@@ -47,6 +50,9 @@ MAX_DEVICES: Final = 16
 
 POLICIES: Final = ("ensemble", "learned", "next-use", "gap", "mix", "decay", "gdsf", "lru")
 """The core's eviction policies, the default first: a configuration is checked without the core."""
+
+ORDERS: Final = ("urgency", "fifo")
+"""The orders in which requests are served, the default first."""
 
 READ_MODES: Final = ("map", "owned", "arena")
 """How weights come into host memory."""
@@ -155,6 +161,8 @@ class YardConfig:
 
     policy: str = field(default=POLICIES[0], metadata=_ruled(rules.one_of(*POLICIES)))
     """How victims are chosen."""
+    order: str = field(default=ORDERS[0], metadata=_ruled(rules.one_of(*ORDERS)))
+    """Who is served next: whom the yard chooses, or strictly who came first."""
     max_waiting_per_model: int = field(default=1024, metadata=_ruled(rules.integer(1, 1_000_000)))
     """Most requests that wait for one model."""
     max_waiting: int = field(default=65536, metadata=_ruled(rules.integer(1, 10_000_000)))
@@ -284,6 +292,30 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouteConfig:
+    """Keys that mean one model: ``[[routes]]``.
+
+    Raises:
+        ValueError: a field breaks its rule.
+    """
+
+    id: str = field(metadata=_ruled(rules.identifier))
+    """Its id, which is no key."""
+    keys: tuple[str, ...] = field(metadata=_ruled(rules.route_keys))
+    """The keys, at least one. One that is listed twice counts once."""
+    model: str = field(metadata=_ruled(rules.identifier))
+    """Id of the model that they mean; one of ``[models]``."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
+        """See ``Section``."""
+        yield from ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogConfig:
     """Where models, keys and plans are kept that come over the wire: ``[catalog]``.
 
@@ -383,8 +415,8 @@ class Config:
     """A whole configuration.
 
     Raises:
-        ValueError: its parts contradict each other, as ``plan_conflicts`` and ``tier_conflicts``
-            say.
+        ValueError: its parts contradict each other, as ``plan_conflicts``, ``route_conflicts`` and
+            ``tier_conflicts`` say.
     """
 
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -405,6 +437,8 @@ class Config:
     """Absolute folders, by name, below which model folders may be."""
     models: tuple[ModelConfig, ...] = ()
     """The models, in the order of the file."""
+    routes: tuple[RouteConfig, ...] = ()
+    """The routes, in the order of the file."""
     allowed_factories: frozenset[str] = frozenset()
     """``module:function`` names that the torch runtime may call."""
 
@@ -417,6 +451,7 @@ class Config:
         _raise_if_any(
             [
                 *plan_conflicts(devices, frozenset(self.roots), models),
+                *route_conflicts([_fields_of(route) for route in self.routes], models),
                 *tier_conflicts(self.host_tier.budget, devices),
             ]
         )
@@ -473,6 +508,39 @@ def plan_conflicts(
                         f"{', '.join(map(str, declared))} or add it to [[devices]]",
                     )
     yield from _key_conflicts(models)
+
+
+def route_conflicts(
+    routes: Sequence[Mapping[str, Any]], models: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Finding]:
+    """Yield what is wrong between routes, and between them and models, that are each right.
+
+    Args:
+        routes: for each route the fields that passed their rules, by name.
+        models: as ``plan_conflicts`` takes them.
+    """
+    ids: dict[str, int] = {}
+    owners: dict[str, KeyPath] = {key: ("models", key) for key in models}
+    for model_id, given in models.items():
+        for key in given.get("keys", ()):
+            owners.setdefault(key, ("models", model_id))
+    for index, given in enumerate(routes):
+        here: KeyPath = ("routes", index)
+        if "id" in given and (first := ids.setdefault(given["id"], index)) != index:
+            yield (
+                (*here, "id"),
+                f"{quoted(given['id'])} is the id of {key_text(('routes', first))} already",
+            )
+        model = given.get("model")
+        if model is not None and model not in models:
+            known = ", ".join(sorted(models)) or "none"
+            yield (*here, "model"), f"{quoted(model)} is not in [models] (there: {known})"
+        for position, key in enumerate(given.get("keys", ())):
+            if key is not None and (other := owners.setdefault(key, here)) != here:
+                yield (
+                    (*here, "keys", position),
+                    f"{quoted(key)} is a key of {key_text(other)} already",
+                )
 
 
 def tier_conflicts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -11,17 +12,21 @@ from importlib.metadata import PackageNotFoundError, version
 
 from modelyard.v1 import admin_service_pb2 as pb
 from modelyard_server.execution.engine import Engine
+from modelyard_server.execution.figures import LaneFigures
 from modelyard_server.observability.process import (
     peak_resident_bytes,
     read_process_memory,
     resident_bytes,
 )
 from modelyard_server.residency.shell import Residency
-from modelyard_server.residency.values import TierUse
+from modelyard_server.residency.values import Departures, TierUse
 from modelyard_server.services.inference import InferenceFigures
 from modelyard_server.transport.api import Call
 
 __all__ = ["AdminService"]
+
+_CAUSES = {"DEVICE_CLOSED": "DEVICE_DRAINED"}
+"""What the core calls otherwise than the contract."""
 
 _LIBRARIES = ("grpcio", "protobuf", "safetensors", "torch", "transformers")
 
@@ -75,10 +80,58 @@ class AdminService:
             worker_resident_bytes=await asyncio.to_thread(_held_by, self._engine.pids.values()),
         )
         response.load_duration.FromTimedelta(timedelta(seconds=counters.load_seconds))
+        response.recent_load_duration.FromTimedelta(
+            timedelta(seconds=self._residency.recent_load_s)
+        )
+        lru_s = self._residency.lru_load_s
+        response.regret.lru_load_duration.FromTimedelta(timedelta(seconds=lru_s))
+        response.regret.regret_duration.FromTimedelta(
+            timedelta(seconds=counters.load_seconds - lru_s)
+        )
+        response.departures.CopyFrom(_departures_message(self._residency.departures))
+        response.batches.CopyFrom(_batches_message(self._engine.figures))
         tier = self._residency.tier_use()
         if tier is not None:
             response.host_tier.CopyFrom(_tier_message(tier, self._engine.copies.measured_bytes))
         return response
+
+
+def _departures_message(departures: Departures) -> pb.Departures:
+    message = pb.Departures(
+        counts={_CAUSES.get(why, why): count for why, count in departures.counts.items()},
+        age_count=len(departures.idle_s),
+    )
+    if departures.idle_s:
+        idle_s, resident_s = sorted(departures.idle_s), sorted(departures.resident_s)
+        for duration, ages_s, share in (
+            (message.median_idle_duration, idle_s, 0.5),
+            (message.p90_idle_duration, idle_s, 0.9),
+            (message.median_resident_duration, resident_s, 0.5),
+            (message.p90_resident_duration, resident_s, 0.9),
+        ):
+            duration.FromTimedelta(timedelta(seconds=_quantile(ages_s, share)))
+    return message
+
+
+def _quantile(ascending: Sequence[float], share: float) -> float:
+    """The least of the values that at least this share of them does not exceed."""
+    return ascending[max(0, math.ceil(share * len(ascending)) - 1)]
+
+
+def _batches_message(figures: LaneFigures) -> pb.BatchFigures:
+    message = pb.BatchFigures(
+        batch_count=figures.batch_count,
+        request_count=figures.request_count,
+        row_count=figures.row_count,
+        largest_request_count=figures.largest_request_count,
+        largest_row_count=figures.largest_row_count,
+        alone_count=figures.alone_count,
+        unshared_count=figures.unshared_count,
+        split_count=figures.split_count,
+    )
+    if figures.cell_count:
+        message.padding_ratio = min(1.0, figures.padding_cell_count / figures.cell_count)
+    return message
 
 
 def _tier_message(tier: TierUse, measured_bytes: int) -> pb.HostTier:

@@ -27,7 +27,7 @@ from modelyard.v1 import inference_service_pb2 as pb
 from modelyard_server.errors import Reason, Refusal, Violation
 from modelyard_server.residency.shell import Lease
 from modelyard_server.services.handler import invalid, new_error_id
-from modelyard_server.services.inference import Asked, InferenceService
+from modelyard_server.services.inference import MOST_WORKERS, Asked, InferenceService
 from modelyard_server.services.request_log import RequestFacts
 from modelyard_server.services.status import item_error_of, reply_of
 from modelyard_server.services.tensors import item_spans, parse_request, serialize_batch
@@ -229,7 +229,9 @@ class _Batch:
             # Models that answer at once would otherwise keep everybody else waiting.
             await asyncio.sleep(0)
 
-    async def _answer_item(self, group: _Group, item: _Item, *, again: bool = False) -> None:
+    async def _answer_item(
+        self, group: _Group, item: _Item, *, workers: int = MOST_WORKERS
+    ) -> None:
         facts = item.facts
         try:
             lease = await self._lease(group, item)
@@ -238,11 +240,11 @@ class _Batch:
             )
             self._add_size(len(reply))
         except Refusal as refusal:
-            if refusal.reason is Reason.WORKER_LOST and not again:
-                # It had not begun, and another item is to blame: clients repeat such calls.
+            if refusal.reason is Reason.WORKER_LOST and workers > 1:
+                # It had not begun, and something else is to blame; see inference.
                 group.drop_spare()  # It is of the model that is gone.
                 group.pending += 1
-                await self._answer_item(group, item, again=True)
+                await self._answer_item(group, item, workers=workers - 1)
             else:
                 self._refuse(item.position, facts, refusal)
         except Exception:
@@ -263,7 +265,7 @@ class _Batch:
                 if monotonic_ns() >= self._deadline_ns:
                     text = "the deadline passed before its turn came"
                     raise Refusal(Reason.DEADLINE_IN_RUN, text)
-                lease = group.take_spare() or self._inference.try_lease(asked)
+                lease = group.take_spare() or self._inference.try_lease(asked, self._deadline_ns)
                 if lease is None:
                     facts.cold = True
                     lease = await self._wait(group, asked)

@@ -1,4 +1,10 @@
-"""modelyard.v1.InferenceService: one request, from wire to wire."""
+"""modelyard.v1.InferenceService: one request, from wire to wire.
+
+A request whose worker died before it began has done nothing to anybody, and nothing was done for
+it: the model is asked for again, and it is run there. It waits for that as for any model that is
+not there, within its own deadline, and its caller does not notice. Not for ever: what has never
+begun in several workers that died may be what they died of, whatever their boards said.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic_ns
-from typing import Any, assert_never
+from typing import Any, Final, assert_never
 
 from google.protobuf.message import DecodeError
 
@@ -27,9 +33,12 @@ from modelyard_server.services.structs import plain_values
 from modelyard_server.services.tensors import parse_request, serialize_response, to_value
 from modelyard_server.transport.api import Call, StatusReply
 
-__all__ = ["Asked", "InferenceFigures", "InferenceService"]
+__all__ = ["MOST_WORKERS", "Asked", "InferenceFigures", "InferenceService"]
 
 logger = logging.getLogger(__name__)
+
+MOST_WORKERS: Final = 3
+"""How many workers in a row a request is given to that begins in none of them."""
 
 _NS = 1_000_000_000
 _RELOAD_S = 0.1
@@ -125,14 +134,28 @@ class InferenceService:
         asked = self.read(request, contents, facts)
         timeout_s = self.timeout_s(call)
         facts.arrived_ns = began_ns = monotonic_ns()
-        lease = self._residency.try_lease(asked.model.handle)
-        if lease is None:
-            facts.cold = True
-            # A hit finds out by itself. A request that no load can help must cause none.
-            self.check(asked)
-            lease = await self.wait(asked, began_ns + int(timeout_s * _NS))
-            facts.load_s = lease.load_s
+        deadline_ns = began_ns + int(timeout_s * _NS)
+        lease = self._residency.try_lease(asked.model.handle, deadline_ns)
+        for _ in range(MOST_WORKERS - 1):
+            lease = lease or await self._wait_cold(asked, facts, deadline_ns)
+            try:
+                return await self.run(asked, lease, facts, timeout_s, call.client)
+            except Refusal as refusal:
+                if refusal.reason is not Reason.WORKER_LOST:
+                    raise
+            # Its key may mean something else by now.
+            lease = self.try_lease(asked, deadline_ns)
+        lease = lease or await self._wait_cold(asked, facts, deadline_ns)
         return await self.run(asked, lease, facts, timeout_s, call.client)
+
+    async def _wait_cold(self, asked: Asked, facts: RequestFacts, deadline_ns: int) -> Lease:
+        """Waits for a model that is not there. Raises as check and wait do."""
+        facts.cold = True
+        # A hit finds out by itself. A request that no load can help must cause none.
+        self.check(asked)
+        lease = await self.wait(asked, deadline_ns)
+        facts.load_s = lease.load_s
+        return lease
 
     # --- The steps of one request -------------------------------------------------------------
 
@@ -159,14 +182,14 @@ class InferenceService:
         )
         return Asked(request, model, inputs, parameters)
 
-    def try_lease(self, asked: Asked) -> Lease | None:
-        """A lease if the model is resident now.
+    def try_lease(self, asked: Asked, deadline_ns: int) -> Lease | None:
+        """A lease if the model is resident now and can answer before the deadline.
 
         Raises:
             Refusal: KEY_NOT_FOUND, if the key has lost its meaning since it was read.
         """
         asked.model = resolve(self._table, asked.request.key)
-        return self._residency.try_lease(asked.model.handle)
+        return self._residency.try_lease(asked.model.handle, deadline_ns)
 
     def lease_again(self, asked: Asked, lease: Lease) -> Lease | None:
         """Another lease on the model that a request has one on.
@@ -212,6 +235,8 @@ class InferenceService:
         """
         facts.leased_ns = leased_ns = monotonic_ns()
         facts.device = device = self._device_names[lease.device]
+        # Its key may have got another meaning since it was read.
+        facts.model = lease.handle.name
         waited_ns = leased_ns - facts.arrived_ns
         try:
             outputs = await run_leased(
@@ -221,6 +246,7 @@ class InferenceService:
                 asked.parameters,
                 timeout_s - waited_ns / _NS,
                 client,
+                waited_ns / _NS,
             )
         except (TensorError, OptionError, ModelFailed, WorkerLost) as error:
             raise _refusal_of(asked, error) from None

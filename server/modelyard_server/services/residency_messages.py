@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
-from modelyard.v1 import event_pb2, residency_pb2
+from modelyard.v1 import event_pb2, residency_pb2, residency_service_pb2
 from modelyard_server.residency.journal import Event
 from modelyard_server.residency.values import CopyState, ModelUse, State
+from modelyard_server.services.evictions import Eviction
 
-__all__ = ["event_message", "residency_message"]
+__all__ = ["event_message", "eviction_message", "residency_message"]
 
 _STATES = {
     State.COLD: residency_pb2.RESIDENCY_STATE_COLD,
@@ -90,6 +91,32 @@ def event_message(event: Event) -> event_pb2.Event:
         message.waited.FromTimedelta(timedelta(seconds=event.waited_s))
     if event.load_s is not None:
         message.load_duration.FromTimedelta(timedelta(seconds=event.load_s))
+    if (left := event.departure) is not None:
+        message.rule = left.rule
+        message.expected_load_duration.FromTimedelta(timedelta(seconds=left.expected_load_s))
+        message.idle_duration.FromTimedelta(timedelta(seconds=left.idle_s))
+        message.resident_duration.FromTimedelta(timedelta(seconds=left.resident_s))
+    if event.waits is not None:
+        message.waited_request_count = event.waits.count
+        message.waited_sum.FromTimedelta(timedelta(seconds=event.waits.sum_s))
+    return message
+
+
+def eviction_message(eviction: Eviction) -> residency_service_pb2.Eviction:
+    """One time that a model had to leave."""
+    message = residency_service_pb2.Eviction(
+        event=event_message(eviction.event), failed_load_count=eviction.failed_load_count
+    )
+    reload = eviction.reload
+    if reload is None:
+        return message
+    message.reload_time.FromDatetime(reload.time)
+    if reload.load_s is not None:
+        message.reload_duration.FromTimedelta(timedelta(seconds=reload.load_s))
+    if reload.waits is not None:
+        message.waited_request_count = reload.waits.count
+        message.waited_sum.FromTimedelta(timedelta(seconds=reload.waits.sum_s))
+        message.longest_wait.FromTimedelta(timedelta(seconds=reload.waited_s or 0.0))
     return message
 
 

@@ -46,7 +46,9 @@ def reply_of(refusal: Refusal) -> StatusReply:
     if pushback_ms is not None:
         retry = Duration()
         retry.FromMilliseconds(pushback_ms)
-    elif refusal.code in _RETRIED_BY_DEFAULT:
+    # A later attempt within the same deadline could only be refused too, or told nothing at all.
+    is_too_late = refusal.reason is Reason.DEADLINE_UNREACHABLE
+    if is_too_late or (pushback_ms is None and refusal.code in _RETRIED_BY_DEFAULT):
         pushback_ms = _NO_RETRY
     text = status.message = _text_of(refusal, _MOST_TEXT - len(suffix)) + suffix
     _fill(info.metadata, metadata)

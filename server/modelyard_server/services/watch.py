@@ -18,10 +18,15 @@ from modelyard_server.catalog.model import Model
 from modelyard_server.errors import QuotaViolation, Reason, Refusal, Violation
 from modelyard_server.residency.journal import Journal, Position
 from modelyard_server.residency.shell import Residency
+from modelyard_server.services.evictions import evictions_of
 from modelyard_server.services.explanation import summary_of
 from modelyard_server.services.handler import draining, invalid
 from modelyard_server.services.models import model_id_of
-from modelyard_server.services.residency_messages import event_message, residency_message
+from modelyard_server.services.residency_messages import (
+    event_message,
+    eviction_message,
+    residency_message,
+)
 from modelyard_server.transport.api import Call
 
 __all__ = ["WatchService"]
@@ -152,6 +157,7 @@ class WatchService:
                 truncated=truncated,
             ),
             truncated=truncated,
+            evictions=map(eviction_message, evictions_of(request.model, events)),
         )
         if use is not None:
             response.residency.CopyFrom(residency_message(model_id, use, self._device_names))

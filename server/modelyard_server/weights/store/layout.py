@@ -112,7 +112,7 @@ def open_layout(root: Path) -> Layout:
         # The one way to know that it is writable: permissions do not tell of read-only mounts.
         probe = layout.new_path()
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # Another worker that opens it may sweep just now.
         sync(root)
     except FileExistsError:
         raise StoreError("the weight store's folder is not a folder") from None
