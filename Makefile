@@ -7,6 +7,8 @@
 #   CXX          the C++20 compiler; FUZZ_CXX the clang++ for fuzzing
 #   SEEDS, STEPS how much of simulated-faults (1000 of 100000)
 #   PYTEST_ARGS  what to give pytest: PYTEST_ARGS='tests/unit -x'
+#   TRACES       the folder of traces of bench-thrash (default ../shared/traces)
+#   THRASH_ARGS  what else to give it: THRASH_ARGS='--only loads --only rates'
 
 PY ?= python3
 TORCH ?=
@@ -16,6 +18,8 @@ FUZZ_SECONDS ?= 60
 SEEDS ?= 1000
 STEPS ?= 100000
 PYTEST_ARGS ?=
+TRACES ?=
+THRASH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,7 +40,7 @@ SOURCES := $(shell find proto csrc/include csrc/src csrc/bindings 2>/dev/null)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check core fuzz bench bench-plan bench-weights simulated-faults dev clean FORCE \
+.PHONY: help demo test check core fuzz bench bench-plan bench-weights bench-thrash simulated-faults dev clean FORCE \
 	check-format check-lint check-types check-proto check-cpp check-tracked
 
 help: ## this list
@@ -79,6 +83,16 @@ bench-plan: $(VENV)/.package $(VENV)/.demo ## 20 plan changes under load, a spli
 
 bench-weights: $(VENV)/.package $(VENV)/.demo ## loading, sharing and releasing weights against their limits; writes build/bench/weights.json
 	@$(BIN)/python -m bench.weights --output build/bench/weights.json
+
+bench-thrash: $(VENV)/.package $(VENV)/.demo $(VENV)/.dev ## eviction, scheduling and batching against their bars, tables and pictures; writes build/bench/thrash.json
+	@core=; \
+	if $(NEEDS) bench; then \
+	$(call cmake,bench,modelyard_core_bench,Release,-DMODELYARD_BUILD_BENCH=ON) && \
+	build/bench/modelyard_core_bench --benchmark_filter='BM_ArrivalWithShadows/.*/300$$' --benchmark_repetitions=5 \
+		--benchmark_out=build/bench/arrival.json --benchmark_out_format=json >/dev/null && \
+	core='--core build/bench/arrival.json' || exit 1; \
+	else [ $$? -eq $(OPTIONAL_MISSING) ] || exit 1; fi; \
+	$(BIN)/python -m bench.thrash $$core $(if $(TRACES),--traces '$(TRACES)') $(THRASH_ARGS) --output build/bench/thrash.json
 
 simulated-faults: $(VENV)/.package ## 1,000 seeds of 100,000 simulated steps in which everything goes wrong; nothing may be lost
 	@$(BIN)/python -m tests.support.simulated_faults --seeds $(SEEDS) --steps $(STEPS)

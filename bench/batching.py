@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -130,9 +130,21 @@ def frame_of(text: str) -> bytes:
     return request.SerializeToString()
 
 
-async def measured(servers: dict[str, RunningServer], rounds: int) -> dict[str, Any]:
-    """All figures, of rounds taken in turn."""
-    asked = {text: frame_of(text) for text in texts()}
+async def measured(
+    servers: dict[str, RunningServer],
+    rounds: int,
+    asked_texts: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """All figures, of rounds taken in turn.
+
+    Args:
+        servers: from both_servers.
+        rounds: of each way to load them.
+        asked_texts: what they are asked; what texts() has if there are none.
+        tell: is told what goes on.
+    """
+    asked = {text: frame_of(text) for text in asked_texts or texts()}
     expected = {}
     with Client(servers["off"].address) as client:
         for text in asked:
@@ -150,6 +162,7 @@ async def measured(servers: dict[str, RunningServer], rounds: int) -> dict[str, 
                 rate = await one_round(server, load, asked, expected)
                 if round_number > 0:  # The first one warms up.
                     rates[name].append(rate)
+                tell(f"{load.name}, round {round_number}, batching {name}: {rate:.0f} a second")
         ratio = statistics.median(a / b for a, b in zip(rates["on"], rates["off"], strict=True))
         figures[f"batching_{load.name}"] = round(ratio, 3)
         for name, of_server in rates.items():
