@@ -17,10 +17,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from tests.conformance import rules
 from tests.conformance.cases import Case, Outcome
+from tests.conformance.keyed_operations import keyed_operation
+from tests.conformance.keyed_rules import keyed_difference
 from tests.conformance.libraries import Library
 from tests.conformance.operations import OPERATIONS, NotUnderstood, Operation
-from tests.conformance.rules import documented_difference
 
 # Of these calls the records keep what they are about, where the component adds more.
 KEPT_KEYS = {
@@ -42,11 +44,23 @@ class Observed:
         return f"{self.error}: {self.text}" if self.error else f"result {self.result!r}"
 
 
+def operation_of(op: str) -> Operation | None:
+    """The operation of a name, of whichever group; None if there is none."""
+    return OPERATIONS.get(op) or keyed_operation(op)
+
+
+def difference_of(op: str, given: Any) -> rules.Difference | None:
+    """The documented difference that applies to a call, if one does."""
+    found = rules.documented_difference if op in OPERATIONS else keyed_difference
+    return found(op, given)
+
+
 def observe(
     library: Library, op: str, given: Any, *, operation: Operation | None = None
 ) -> Observed:
     """Do a call. ``NotUnderstood`` is raised, not observed: it is the harness's failure."""
-    perform = operation or OPERATIONS[op]
+    perform = operation or operation_of(op)
+    assert perform is not None, op
     try:
         return Observed(result=perform(library, given))
     except NotUnderstood:
@@ -69,6 +83,9 @@ def same_value(result: object, recorded: object) -> bool:
 
 def meets(op: str, observed: Observed, expected: Outcome) -> bool:
     """Whether an outcome is the expected value or class of error."""
+    if "below" in expected:
+        number = observed.result
+        return isinstance(number, int | float) and number < expected["below"]
     if "ok" in expected:
         result, recorded = observed.result, expected["ok"]
         if op in KEPT_KEYS and isinstance(result, dict) and isinstance(recorded, dict):
@@ -97,15 +114,16 @@ def judge(library: Library, case: Case) -> str | None:
     missing = {"id", "op", "expect", "stance"} - case.keys()
     assert not missing, f"{name} has no {', '.join(sorted(missing))}"
     op, given, expected, stance = case["op"], case.get("input"), case["expect"], case["stance"]
-    assert op in OPERATIONS, f"{name}: no handler for op {op!r}"
+    assert operation_of(op) is not None, f"{name}: no handler for op {op!r}"
     assert isinstance(expected, dict) and (
         expected.keys() == {"ok"}
         or (expected.keys() == {"error"} and isinstance(expected["error"], dict))
     ), f"{name} expects neither a value nor an error: {expected!r}"
     before = copy.deepcopy(given)
     try:
-        observed = observe(library, op, given)
-        difference = None if stance == "match" else documented_difference(op, before)
+        difference = None if stance == "match" else difference_of(op, before)
+        instead = None if difference is None else difference.operation
+        observed = observe(library, op, given, operation=instead)
     except NotUnderstood as error:
         raise AssertionError(f"{name}: {op} does not understand its input: {error}") from error
     assert given == before, f"{name}: {op} changed its input to {given!r}"

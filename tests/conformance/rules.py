@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.conformance.cases import Outcome
 from tests.conformance.operations import (
+    Operation,
     is_serialised,
     pair,
     part,
@@ -33,6 +34,8 @@ class Difference:
 
     name: str
     outcome: Outcome
+    operation: Operation | None = None
+    """Where the difference is not in what this call does: what is done instead of it."""
 
 
 # From ``op`` and ``input`` to the difference, if the rule applies.

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from tests.conformance import rules
 from tests.conformance.cases import (
-    JUDGED_GROUPS,
+    DEVICE_GROUPS,
     MORE_FILE,
     SEED_FILE,
     VARIABLE,
@@ -33,7 +33,7 @@ from tests.conformance.rules import documented_difference, refusal
 
 from modelyard.devices import ComponentDevice, DeviceType
 
-CASES = [case for file in chosen_files() for case in file.judged]
+CASES = [case for file in chosen_files() for case in file.judged_of(DEVICE_GROUPS)]
 OURS = Modelyard()
 
 # What modelyard does for the seed cases where the recorded result is not wanted, to the text.
@@ -72,11 +72,11 @@ def test_case(case: Case, request: pytest.FixtureRequest) -> None:
 class TestSeedFile:
     """The seed file itself, whichever file is judged."""
 
-    SEEDS = load(SEED_FILE).judged
+    SEEDS = load(SEED_FILE).judged_of(DEVICE_GROUPS)
 
     def test_every_case_of_the_groups_is_judged(self) -> None:
         recorded = json.loads(SEED_FILE.read_bytes())["groups"]
-        ids = [case["id"] for group in JUDGED_GROUPS for case in recorded[group]]
+        ids = [case["id"] for group in DEVICE_GROUPS for case in recorded[group]]
         assert [case["id"] for case in self.SEEDS] == ids
         assert len(set(ids)) == 71
         for case in self.SEEDS:
@@ -134,7 +134,7 @@ class TestAnotherFile:
             "hf_precedence": [
                 case_of("pipeline_kwargs", {"device": None, "kwargs": {}}, "match", {"ok": {}})
             ],
-            "keyed_models": [{"id": "B1"}, {"id": "B2"}],
+            "of_another_kind": [{"id": "B1"}, {"id": "B2"}],
         }
         done = self.run(tmp_path, {"groups": groups})
         assert done.returncode == 1, done.stderr
@@ -145,7 +145,7 @@ class TestAnotherFile:
             "case A3 (match) device_from_str('mps'): result ",
             "case X1 (match) pipeline_kwargs(",
             "4 cases judged (device 3, hf_precedence 1), 2 of groups that are not judged yet "
-            "(keyed_models 2)",
+            "(of_another_kind 2)",
         ):
             assert line in done.stdout, done.stdout
 
@@ -335,9 +335,9 @@ class TestJudge:
 
 
 def test_our_own_cases_are_of_the_judged_groups_and_new() -> None:
-    seeds = {case["id"] for case in load(SEED_FILE).judged}
+    seeds = {case["id"] for case in load(SEED_FILE).judged_of(DEVICE_GROUPS)}
     more = load(MORE_FILE)
-    assert set(more.groups) <= set(JUDGED_GROUPS)
+    assert set(more.groups) <= set(DEVICE_GROUPS)
     ids = Counter(case["id"] for case in more.judged)
     assert not seeds & ids.keys()
     assert set(ids.values()) == {1}

@@ -22,6 +22,7 @@ from tests.support.attacked_yard import (
     MODELS,
     NEAR,
     PATIENCE_S,
+    Attacked,
     X,
     attacked,
     check_text,
@@ -41,6 +42,7 @@ from modelyard import (
     ModelFailed,
     ResidencyState,
 )
+from modelyard_server.execution.workers.worker_process import WorkerProcess
 
 
 async def died_running(call: Awaitable[object], base: Path) -> None:
@@ -171,6 +173,63 @@ async def test_a_worker_is_killed_while_nothing_runs(tmp_path: Path, name: str) 
             assert await under.ledger() == ledger
         assert not set(under.engine.pids.values()) & ({before[MODELS], before[name]})
         await eventually("all are there", lambda: under.engine.pids.keys() == before.keys())
+
+
+async def lost_count(under: Attacked) -> int:
+    """How often somebody was told to come again because a worker had died."""
+    stats = await under.yard.admin(Admin.stats)
+    return stats.error_counts.get("WORKER_LOST", 0)
+
+
+async def test_who_asks_while_a_worker_is_ending_waits_for_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_ending, may_end = asyncio.Event(), asyncio.Event()
+    finish = WorkerProcess._finish
+
+    async def held_up(worker: WorkerProcess) -> None:
+        is_ending.set()
+        await may_end.wait()
+        await finish(worker)
+
+    async with attacked(tmp_path) as under:
+        worker = under.pid(MODELS)
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkerProcess, "_finish", held_up)
+            os.kill(worker, signal.SIGKILL)
+            await is_ending.wait()
+        asking = [asyncio.create_task(under.value(NEAR)) for _ in range(5)]
+        # They have been given to the worker that is there no more.
+        await eventually("all are leased", lambda: under.yard.app.residency.lease_count == 5)
+        assert await lost_count(under) == 0
+        may_end.set()
+        assert await asyncio.gather(*asking) == [2.0] * 5
+        assert await lost_count(under) == 0
+        await under.has_another(MODELS, worker)
+
+
+async def test_who_stands_behind_a_run_that_ends_its_worker_is_served_by_the_next_one(
+    tmp_path: Path,
+) -> None:
+    gate_path = tmp_path / "gate"
+    async with attacked(tmp_path) as under:
+        faulty_models.make_weights(under.folder("m"), value=5.0)
+        await under.create("m", "StuckInRun", gate=str(gate_path))
+        assert await under.value("m") == 5.0
+        worker = under.pid(MODELS)
+        with closed_gate(gate_path) as gate:
+            running = asyncio.create_task(
+                died_running(under.client.predict("m", X, timeout_s=PATIENCE_S), tmp_path)
+            )
+            await eventually("it runs", gate.is_waited_at)
+            behind = [asyncio.create_task(under.value(NEAR)) for _ in range(5)]
+            await eventually("all are leased", lambda: under.yard.app.residency.lease_count == 6)
+            os.kill(worker, signal.SIGKILL)
+            await running
+        assert await asyncio.gather(*behind) == [2.0] * 5
+        assert await lost_count(under) == 0
+        await under.recovers("m", 5.0)
+        await under.unload("m")
 
 
 # --- Models that end or block their worker --------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.support import deadly_models
-from tests.support.faulty_models import closed_gate, make_weights
+from tests.support.faulty_models import Gate, closed_gate, make_weights
 from tests.support.worker_engine import (
     INPUT,
     PATIENCE_S,
@@ -32,6 +32,7 @@ from tests.support.worker_engine import (
 from modelyard_server.execution.engine import ModelFailed, WorkerLost
 from modelyard_server.execution.workers.process_engine import ProcessEngine
 from modelyard_server.execution.workers.settings import RuntimeSource, WorkerSettings
+from modelyard_server.execution.workers.worker_process import WorkerProcess
 from modelyard_server.runtimes.api import LoadCancelled, ModelFilesError, ModelSpec
 from modelyard_server.runtimes.targets import Target
 from modelyard_server.runtimes.tensors import DType, TensorValue
@@ -97,6 +98,116 @@ async def test_a_run_that_ends_its_worker_fails_and_those_behind_it_may_try_agai
         after = engine.pids
         changed = {name for name in before if before[name] != after[name]}
         assert changed == {"models"}
+
+
+async def let_pass(engine: ProcessEngine, first: Gate, second: Gate) -> None:
+    """Opens a gate, and returns when somebody stands before another: blocks the loop meanwhile.
+
+    So this process hears nothing of what its workers say in between.
+    """
+    await until(first.is_waited_at)
+    # What is said to a worker is heard in order: all runs are there.
+    await engine.load(8, odd(), HOME)
+    await engine.unload(8)
+    first.open()
+    second.wait_for_one()
+
+
+async def test_who_wrote_what_cannot_be_understood_is_to_blame_and_not_who_began_meanwhile(
+    tmp_path: Path,
+) -> None:
+    deaths = Deaths()
+    gate, next_gate = tmp_path / "gate", tmp_path / "next"
+    async with running_processes(odd_devices(""), deaths=deaths) as engine:
+        spec = odd(at={"run": "scribble"}, gate=str(gate), gate_at="run")
+        await engine.load(1, spec, HOME)
+        await engine.load(2, odd(gate=str(next_gate), gate_at="run"), HOME)
+        with closed_gate(gate) as first, closed_gate(next_gate) as second:
+            culprit, behind = Outcome(engine, 1), Outcome(engine, 2)
+            await let_pass(engine, first, second)
+            # The culprit is done, and the one behind it runs, when this is read.
+            failed, lost = await culprit.get(), await behind.get()
+        assert isinstance(failed, ModelFailed)
+        assert failed.log_text == f"its worker died while it ran ({CAUSES['scribble']})"
+        assert isinstance(lost, WorkerLost)
+        assert lost.text == f"its worker died ({CAUSES['scribble']})"
+        assert (await deaths.one()).suspects == (1,)
+
+
+async def test_who_was_done_before_the_next_wrote_what_cannot_be_understood_is_not_to_blame(
+    tmp_path: Path,
+) -> None:
+    deaths = Deaths()
+    gate, next_gate = tmp_path / "gate", tmp_path / "next"
+    async with running_processes(odd_devices(""), deaths=deaths) as engine:
+        await engine.load(1, odd(gate=str(gate), gate_at="run"), HOME)
+        await engine.load(2, odd(at={"run": "scribble"}), HOME)
+        await engine.load(3, odd(gate=str(next_gate), gate_at="run"), HOME)
+        with closed_gate(gate) as first, closed_gate(next_gate) as second:
+            before, culprit, behind = (Outcome(engine, model) for model in (1, 2, 3))
+            await let_pass(engine, first, second)
+            outcome, failed, lost = await before.get(), await culprit.get(), await behind.get()
+        # Its answer may have left before that was written, or be lost behind it.
+        assert outcome == (INPUT,) or isinstance(outcome, WorkerLost)
+        assert isinstance(failed, ModelFailed)
+        assert isinstance(lost, WorkerLost)
+        assert (await deaths.one()).suspects == (2,)
+
+
+async def test_nobody_is_to_blame_for_what_was_written_while_nothing_had_begun(
+    tmp_path: Path,
+) -> None:
+    deaths = Deaths()
+    gate = tmp_path / "gate"
+    async with running_processes(odd_devices("", ""), deaths=deaths) as engine:
+        # A run that waits on one lane, and has not begun, though it is the oldest.
+        await engine.load(1, odd(gate=str(gate), gate_at="run"), HOME)
+        await engine.load(2, odd(), HOME)
+        await engine.load(3, odd(at={"run": "scribble"}), ELSEWHERE)
+        with closed_gate(gate) as barrier:
+            held, waiting = Outcome(engine, 1), Outcome(engine, 2)
+            await until(barrier.is_waited_at)
+            culprit = Outcome(engine, 3)
+            assert isinstance(await culprit.get(), ModelFailed)
+            assert isinstance(await waiting.get(), WorkerLost)
+            # It ran at that moment, so it cannot be ruled out.
+            assert isinstance(await held.get(), ModelFailed)
+        assert (await deaths.one()).suspects == (1, 3)
+
+
+async def test_what_is_asked_of_a_worker_that_is_ending_waits_until_its_end_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deaths = Deaths()
+    is_ending, may_end = asyncio.Event(), asyncio.Event()
+    finish = WorkerProcess._finish
+
+    async def held_up(worker: WorkerProcess) -> None:
+        is_ending.set()
+        await may_end.wait()
+        await finish(worker)
+
+    async with running_processes(odd_devices(""), deaths=deaths) as engine:
+        await engine.load(1, odd(), HOME)
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkerProcess, "_finish", held_up)
+            os.kill(engine.pids["models"], signal.SIGKILL)
+            await is_ending.wait()
+        late, unloading = Outcome(engine, 1), asyncio.create_task(engine.unload(1))
+        try:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            # Whoever were told now could only ask again, of a worker of which nobody knows the end.
+            assert not late.outcomes
+            assert not deaths.told
+        finally:
+            may_end.set()
+        lost = await late.get()
+        assert isinstance(lost, WorkerLost)
+        assert lost.text == "its worker died (killed by SIGKILL)"
+        assert (await deaths.one()).suspects == ()
+        assert (await unloading).freed == {0: 100}
+        await assert_alive(engine, 2, HOME)
 
 
 async def test_models_of_other_groups_answer_while_a_worker_dies_and_comes_back() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -24,6 +26,7 @@ from tests.support.worker_engine import (
 
 from modelyard_server.execution.batcher import BatchLimits
 from modelyard_server.execution.engine import Engine, ModelFailed, RunOutcome, WorkerLost
+from modelyard_server.execution.figures import LaneFigures
 from modelyard_server.execution.workers.settings import WorkerSettings
 from modelyard_server.runtimes.targets import Target
 
@@ -122,6 +125,33 @@ async def test_clients_take_turns_where_not_all_fit(engine: Engine, tmp_path: Pa
     assert ended.index("one") < 16
 
 
+async def test_who_has_waited_for_his_model_does_not_stand_in_line_again(
+    engine: Engine, tmp_path: Path
+) -> None:
+    await engine.load(1, odd(batch=True), HOME)
+    await engine.load(2, odd(batch=True), HOME)
+    ended: list[int] = []
+    over = asyncio.Event()
+
+    def ask(model: int, waited_s: float) -> None:
+        def on_done(outcome: RunOutcome | None) -> None:
+            ended.append(model)
+            if len(ended) == 6:
+                over.set()
+
+        engine.run(model, (INPUT,), {}, on_done, waited_s=waited_s)
+
+    with closed_gate(tmp_path / "gate") as gate:
+        lane = await held_up(engine, gate, tmp_path / "gate")
+        for _ in range(3):
+            ask(1, 0.0)
+        for _ in range(3):
+            ask(2, 3600.0)
+        await lane.let_go()
+        await asyncio.wait_for(over.wait(), PATIENCE_S)
+    assert ended == [2, 2, 2, 1, 1, 1]
+
+
 @pytest.mark.parametrize("stage", ["prepare", "run"])
 @pytest.mark.parametrize(("raised", "told"), [("tensor", "TensorError"), ("value", "ModelFailed")])
 async def test_an_error_is_told_to_each_by_itself(
@@ -174,3 +204,28 @@ async def test_all_that_share_a_run_that_ends_its_worker_may_be_to_blame_and_nob
     for outcome in outcomes:
         assert isinstance(outcome, ModelFailed)
         assert cause in outcome.log_text
+
+
+async def test_what_a_worker_has_run_is_told_after_its_end() -> None:
+    deaths = Deaths()
+    async with running_processes(odd_devices(""), deaths=deaths) as engine:
+        await engine.load(1, odd(batch=True), HOME)
+        for _ in range(2):
+            assert await company_of(Outcome(engine, 1)) == 1
+        ran = LaneFigures(
+            batch_count=2,
+            request_count=2,
+            row_count=2,
+            largest_request_count=1,
+            largest_row_count=1,
+            alone_count=2,
+            cell_count=2,
+        )
+        assert engine.figures == ran
+        os.kill(engine.pids["models"], signal.SIGKILL)
+        await deaths.one()
+        assert engine.figures == ran
+        await engine.unload(1)
+        await engine.load(1, odd(batch=True), HOME)
+        assert await company_of(Outcome(engine, 1)) == 1
+        assert (engine.figures.batch_count, engine.figures.largest_row_count) == (3, 1)

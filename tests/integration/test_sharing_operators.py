@@ -64,7 +64,8 @@ async def asking(
     async def client() -> None:
         while not over.is_set():
             answer = await ask(yard, model)
-            assert any(np.array_equal(answer, each) for each in wanted)
+            # A run that others share rounds differently: docs/configuration.md, Batching.
+            assert any(np.allclose(answer, each, rtol=0, atol=1e-6) for each in wanted)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(client())
@@ -308,7 +309,7 @@ async def test_an_heir_shares_with_the_model_whose_place_it_takes(
             await yard.admin(Admin.pin, "m0")
             async with asking(yard, "m0", wanted["m0"], wanted["new"]):
                 await yard.admin(Admin.update_model, "m0", root="models", folder="new")
-                np.testing.assert_array_equal(await ask(yard, "m0"), wanted["new"])
+                np.testing.assert_allclose(await ask(yard, "m0"), wanted["new"], rtol=0, atol=1e-6)
             events = await told(yard)
             about = [e.type for e in events if e.subject == "models/m0"]
             updated = about.index(EventType.MODEL_UPDATED)
@@ -340,7 +341,9 @@ async def test_an_only_model_is_changed_to_another_fine_tune_within_a_tight_budg
             for folder in ("new", "newer", "m0", "new"):
                 async with asking(yard, "m0", wanted[old], wanted[folder]):
                     await yard.admin(Admin.update_model, "m0", root="models", folder=folder)
-                    np.testing.assert_array_equal(await ask(yard, "m0"), wanted[folder])
+                    np.testing.assert_allclose(
+                        await ask(yard, "m0"), wanted[folder], rtol=0, atol=1e-6
+                    )
                 books.sizes["m0"] = books.sizes[folder]
                 assert (await books.check(yard))["devices/cpu"] == {"m0"}
                 old = folder

@@ -67,7 +67,11 @@ def test_timed_it_tells_waits_and_reference_schedulers() -> None:
         assert each["served_count"] == 600
     assert found["offline_bound_s"] is None
     refused = told(*SMALL, "--timed", "--no-bound", "--deadline", "2")["policies"][0]
-    assert set(refused["refused"]) <= {"DEADLINE_IN_LOAD", "DEADLINE_IN_QUEUE"}
+    assert set(refused["refused"]) <= {
+        "DEADLINE_IN_LOAD",
+        "DEADLINE_IN_QUEUE",
+        "DEADLINE_UNREACHABLE",
+    }
     assert sum(refused["refused"].values()) + refused["served_count"] == 600
 
 

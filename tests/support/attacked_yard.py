@@ -237,14 +237,11 @@ class Neighbours:
 
         Args:
             deaths: how often the worker of NEAR has died. Once a death NEAR may be told that it was
-                running in that very moment, or, if the client's own retries were over before there
-                was another worker, to come again. What waits for the model is answered.
+                running in that very moment; whatever waited is answered.
         """
         assert self.errors[FAR] == []
         assert len(self.errors[NEAR]) <= deaths
-        # On its way to the worker in that moment, it is told to come again: UNAVAILABLE.
-        ran = [error for error in self.errors[NEAR] if not error.startswith("WORKER_LOST")]
-        assert set(ran) <= {"MODEL_FAILED WorkerDied"}
+        assert set(self.errors[NEAR]) <= {"MODEL_FAILED WorkerDied"}
 
     async def ask(self, client: AsyncClient, name: str, is_over: Callable[[], bool]) -> None:
         """Asks until it is over."""

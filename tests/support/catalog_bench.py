@@ -17,6 +17,7 @@ from modelyard_server.catalog.plans import DevicePlans
 from modelyard_server.catalog.records import Change, RequestRecord
 from modelyard_server.catalog.registry import Registry
 from modelyard_server.catalog.restoring import Restorer
+from modelyard_server.catalog.route_registry import RouteRegistry
 from modelyard_server.catalog.store import CatalogStore, StorageFailed
 from modelyard_server.catalog.writes import Writes
 from modelyard_server.devices.inventory import ManagedDevice
@@ -139,9 +140,16 @@ class CatalogBench:
             writes=self.writes,
             journal=self.journal,
         )
+        self.routes = RouteRegistry(
+            catalog=self.catalog,
+            residency=self.residency,
+            writes=self.writes,
+            journal=self.journal,
+        )
         self.restorer = Restorer(
             devices=self.devices,
             registry=self.registry,
+            routes=self.routes,
             plans=self.plans,
             residency=self.residency,
             writes=self.writes,

@@ -19,6 +19,7 @@ from modelyard.v1 import (
     inference_service_pb2_grpc,
     model_service_pb2_grpc,
     residency_service_pb2_grpc,
+    route_service_pb2_grpc,
 )
 
 Handler = Callable[[Any, grpc.ServicerContext], Any]
@@ -72,6 +73,9 @@ def start(fake: FakeServer, port: int = 0) -> grpc.Server:
     )
     residency_service_pb2_grpc.add_ResidencyServiceServicer_to_server(
         servicer(residency_service_pb2_grpc.ResidencyServiceServicer, fake), server
+    )
+    route_service_pb2_grpc.add_RouteServiceServicer_to_server(
+        servicer(route_service_pb2_grpc.RouteServiceServicer, fake), server
     )
     admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
         servicer(admin_service_pb2_grpc.AdminServiceServicer, fake), server

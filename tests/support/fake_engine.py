@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from modelyard_server.execution.engine import DeviceMemory, Loaded, RunOutcome, Unloaded, nobody
+from modelyard_server.execution.figures import LaneFigures
 from modelyard_server.runtimes.api import JsonValue, LoadCancelled, LoadSource, ModelSpec, Price
 from modelyard_server.runtimes.targets import Structure, Target
 from modelyard_server.runtimes.tensors import TensorValue
@@ -157,8 +158,10 @@ class FakeRun:
         inputs: Sequence[TensorValue],
         parameters: Mapping[str, JsonValue],
         on_done: Callable[[RunOutcome | None], None],
+        waited_s: float = 0.0,
     ) -> None:
         self.model = model
+        self.waited_s = waited_s
         self.inputs = inputs
         self.parameters = parameters
         self.abandoned = False
@@ -333,11 +336,12 @@ class FakeEngine:
         parameters: Mapping[str, Any],
         on_done: Callable[[RunOutcome | None], None],
         client: Callable[[], str] = nobody,
+        waited_s: float = 0.0,
     ) -> FakeRun:
         """Runs until the test ends it."""
         if self.run_error is not None:
             raise self.run_error
-        run = FakeRun(model, inputs, parameters, on_done)
+        run = FakeRun(model, inputs, parameters, on_done, waited_s)
         self.runs.append(run)
         return run
 
@@ -358,6 +362,11 @@ class FakeEngine:
         """What is loaded there."""
         size_bytes = sum(sizes.get(device, 0) for sizes in self.held.values())
         return DeviceMemory(measured_bytes=size_bytes, peak_measured_bytes=size_bytes)
+
+    @property
+    def figures(self) -> LaneFigures:
+        """Nothing has run."""
+        return LaneFigures()
 
     @property
     def copies(self) -> DeviceMemory:

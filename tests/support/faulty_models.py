@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +28,13 @@ FACTORIES = tuple(
     f"{_MODULE}:{name}"
     for name in (
         "Adding",
+        "Dropping",
         "Exiting",
         "Keeping",
         "Mutating",
         "OddOutput",
         "Raising",
+        "Slow",
         "StuckInLoad",
         "StuckInRun",
     )
@@ -77,6 +80,10 @@ class Gate:
         os.close(writer)
         return True
 
+    def wait_for_one(self) -> None:
+        """Blocks the whole thread until somebody stands before it."""
+        os.close(os.open(self._path, os.O_WRONLY))
+
     def open(self) -> None:
         """Lets everybody pass, now and from now on. Idempotent."""
         if not self._path.exists():
@@ -116,6 +123,14 @@ class Adding(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         """Args: x: any shape. Returns: the same shape."""
         return x + self.weight[0]
+
+
+class Dropping(Adding):
+    """Answers for the first row alone, whatever number it is given."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Args: x: [n, ...]. Returns: [1, ...]."""
+        return super().forward(x)[:1]
 
 
 class Exiting(Adding):
@@ -199,6 +214,19 @@ class Raising(Adding):
         if self.kind == "recursion":
             return self.forward(x)
         raise kinds[self.kind]("secret text of /srv/private")
+
+
+class Slow(Adding):
+    """Takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Args: x: any shape. Returns: the same shape, not before so many seconds are over."""
+        time.sleep(self.seconds)
+        return super().forward(x)
 
 
 def _nothing(*_: object) -> None:

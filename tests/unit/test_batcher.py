@@ -18,6 +18,7 @@ class Job:
     name: str
     model: str = "m"
     client: str = ""
+    since: float = 0.0
     fit: Prepared | Ended | None = None
     looks: int = field(default=0)
 
@@ -35,7 +36,7 @@ def look(job: Job) -> Prepared | Ended | None:
 def line_of(jobs: list[Job], *, most_rows: int = 64, most_bytes: int = 2**40) -> Line[Job]:
     line: Line[Job] = Line(BatchLimits(most_rows=most_rows, most_bytes=most_bytes))
     for job in jobs:
-        line.add(job, job.model, job.client)
+        line.add(job, job.model, job.client, job.since)
     return line
 
 
@@ -134,6 +135,47 @@ def test_a_model_that_never_stops_holds_up_no_other() -> None:
         for job in jobs_of("aaaa"):
             line.add(job, job.model, job.client)
     assert batches == ["aa", "aa", "x"]
+
+
+def test_a_batch_is_closed_when_it_would_compute_for_too_long() -> None:
+    line = line_of(jobs_of("abcdefgh", fit=fit(width=10)))
+    taken = line.take(look)
+    assert len(taken.batch) == 8, "nothing is known of the time yet"
+    assert taken.cells == 80
+    line.note_run(taken, 0.8)
+    for job in jobs_of("abcdefgh", fit=fit(width=10)):
+        line.add(job, job.model, job.client)
+    # 0.1 s each, and a quarter of a second.
+    assert names_of(line) == ["ab", "cd", "ef", "gh"]
+
+
+def test_one_that_takes_longer_than_a_batch_may_runs_alone() -> None:
+    line = line_of(jobs_of("a", fit=fit(width=10)))
+    line.note_run(line.take(look), 5.0)
+    for job in [*jobs_of("bc", fit=fit(width=10)), *jobs_of("d", fit=fit(rows=40, width=10))]:
+        line.add(job, job.model, job.client)
+    assert names_of(line) == ["b", "c", "d"]
+
+
+def test_what_runs_take_is_learnt_anew_and_of_each_model() -> None:
+    line = line_of(jobs_of("a", model="slow"))
+    line.note_run(line.take(look), 0.2)
+    for _ in range(12):  # It was slow once.
+        for job in jobs_of("b", model="slow"):
+            line.add(job, job.model, job.client)
+        line.note_run(line.take(look), 0.001)
+    for job in [*jobs_of("cdefgh", model="slow"), *jobs_of("ijklmn", model="other")]:
+        line.add(job, job.model, job.client)
+    assert names_of(line) == ["cdefgh", "ijklmn"]
+
+
+def test_who_has_waited_longest_is_served_first() -> None:
+    here = [Job(name, since=10.0 + i, fit=fit()) for i, name in enumerate("abcd")]
+    # They have waited for their model since before b came.
+    loaded = [Job(name, model="loaded", since=10.5, fit=fit()) for name in "xyz"]
+    assert names_of(line_of([*here, *loaded], most_rows=1)) == [*"axyzbcd"]
+    assert names_of(line_of([*here, *loaded], most_rows=2)) == ["ab", "xy", "z", "cd"]
+    assert names_of(line_of([*here, *loaded])) == ["abcd", "xyz"]
 
 
 def test_clients_take_turns_when_not_all_fit() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from modelyard_server.catalog.catalog import Catalog
 from modelyard_server.catalog.model import Model, ModelDraft, is_key, is_model_id
 from modelyard_server.catalog.records import Owner
+from modelyard_server.catalog.route import Route
 from modelyard_server.devices.placed import whole
 from modelyard_server.errors import Reason, Refusal, Resource
 from modelyard_server.residency.values import ModelHandle
@@ -52,6 +53,99 @@ def test_a_model_goes_by_its_id_and_its_keys_until_it_is_removed() -> None:
     assert not keys
     assert catalog.models() == []
     catalog.add(model_of("m", "a/b"))
+
+
+def route_of(route_id: str, model: str, *keys: str) -> Route:
+    time = datetime(2026, 1, 1, tzinfo=UTC)
+    return Route(
+        id=route_id,
+        keys=keys,
+        model=model,
+        owner=Owner.API,
+        created=time,
+        updated=time,
+        etag='"1"',
+    )
+
+
+def test_routes_are_added_together_or_not_at_all() -> None:
+    catalog = Catalog()
+    model = model_of("m", "own")
+    catalog.add(model)
+    good = route_of("r", "m", "k1", "k2")
+    for bad, text in (
+        (route_of("s", "m", "k3", "k2"), "routes.s: key 'k2' .* means models/m by routes/r"),
+        (route_of("r", "m", "k3"), "routes.r: route 'r' exists already"),
+        (route_of("s", "m", "own"), "routes.s: key 'own' exists already, and means models/m"),
+    ):
+        with pytest.raises(Refusal, match=text):
+            catalog.add_routes(good, bad)
+        assert catalog.routes() == []
+        assert dict(catalog.keys) == {"m": model, "own": model}
+    catalog.add_routes(good, route_of("s", "later", "k3"))
+    assert dict(catalog.keys) == dict.fromkeys(("m", "own", "k1", "k2"), model)
+    later = model_of("later")
+    catalog.add(later)
+    assert catalog.keys["k3"] is later
+    catalog.remove(later)
+    assert "k3" not in catalog.keys
+    assert catalog.route_of("k3") == route_of("s", "later", "k3")
+
+
+MODELS = ("a", "b", "c")
+KEYS = tuple("pqrs")
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["route", "drop route", "model", "drop model"]),
+            st.sampled_from(MODELS),
+            st.sampled_from(["r1", "r2"]),
+            st.lists(st.sampled_from(KEYS), min_size=1, max_size=3, unique=True),
+        ),
+        max_size=20,
+    )
+)
+def test_whatever_is_changed_a_key_means_what_models_and_routes_say(
+    steps: list[tuple[str, str, str, list[str]]],
+) -> None:
+    catalog = Catalog()
+    models: dict[str, Model] = {}
+    routes: dict[str, Route] = {}
+    for what, model_id, route_id, keys in steps:
+        try:
+            match what:
+                case "route" if route_id in routes:
+                    new = route_of(route_id, model_id, *keys)
+                    catalog.replace_route(routes[route_id], new)
+                    routes[route_id] = new
+                case "route":
+                    catalog.add_routes(route_of(route_id, model_id, *keys))
+                    routes[route_id] = route_of(route_id, model_id, *keys)
+                case "drop route" if route_id in routes:
+                    catalog.remove_route(routes.pop(route_id))
+                case "model" if model_id in models:
+                    model = model_of(model_id, *keys)
+                    catalog.replace(models[model_id], model)
+                    models[model_id] = model
+                case "model":
+                    model = model_of(model_id, *keys)
+                    catalog.add(model)
+                    models[model_id] = model
+                case "drop model" if model_id in models:
+                    catalog.remove(models.pop(model_id))
+        except Refusal as refusal:
+            assert refusal.reason is Reason.ALREADY_EXISTS
+        wanted = {key: model for model in models.values() for key in (model.id, *model.draft.keys)}
+        for route in routes.values():
+            for key in route.keys:
+                assert key not in wanted
+                assert catalog.route_of(key) == route
+                if route.model in models:
+                    wanted[key] = models[route.model]
+        assert dict(catalog.keys) == wanted
+        assert all(catalog.keys[key] is model for key, model in wanted.items())
 
 
 def test_the_view_of_the_keys_cannot_be_written() -> None:

@@ -27,6 +27,7 @@ from modelyard_server.catalog.records import (
     Owner,
     PlacementRecord,
     RequestRecord,
+    RouteRecord,
 )
 from modelyard_server.catalog.store import (
     CatalogStore,
@@ -69,6 +70,19 @@ def request(request_id: str, **values: Any) -> RequestRecord:
         "time": NOON,
     }
     return RequestRecord(request_id=request_id, **(fields | values))
+
+
+def route(route_id: str, **values: Any) -> RouteRecord:
+    fields: dict[str, Any] = {
+        "owner": Owner.API,
+        "keys": ("k",),
+        "model": "a",
+        "created": NOON,
+        "updated": NOON,
+        "etag": '"1"',
+        "origin": "",
+    }
+    return RouteRecord(id=route_id, **(fields | values))
 
 
 # What is kept.
@@ -200,6 +214,74 @@ async def test_the_oldest_answers_are_forgotten() -> None:
     assert await store.request("1") is not None
     assert await store.request("last") is not None
     await store.close()
+
+
+async def test_routes_are_kept_changed_and_deleted(store: CatalogStore) -> None:
+    first = route("r", keys=("k2", "k1"), model="gone")
+    await store.write(Change(put_models=(model("a", keys=("own",)),), put_routes=(first,)))
+    await store.write(Change(put_routes=(route("q", keys=("k3",)),)))
+    assert store.read().routes == (route("q", keys=("k3",)), first)
+    assert [kept.keys for kept in store.read().models] == [("own",)]
+    # A key goes from one route to another, and one from a route to a model, in one change.
+    moved = route("q", keys=("k1", "k3"), model="a", etag='"2"', updated=LATER)
+    await store.write(
+        Change(
+            put_routes=(replace(first, keys=("own",)), moved),
+            put_models=(model("a", keys=("k2",)),),
+        )
+    )
+    assert store.read().routes == (moved, replace(first, keys=("own",)))
+    assert [kept.keys for kept in store.read().models] == [("k2",)]
+    await store.write(Change(delete_models=("a",)))
+    assert store.read().routes == (moved, replace(first, keys=("own",)))
+    await store.write(
+        Change(delete_routes=("q", "r"), put_models=(model("b", keys=("k1", "own")),))
+    )
+    assert store.read().routes == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda: Change(put_routes=(route("s", keys=("k1",)),)), "'k1' .* routes 'r' and 's'"),
+        (lambda: Change(put_routes=(route("s", keys=("a",)),)), "'a' .* model 'a' .* route 's'"),
+        (lambda: Change(put_models=(model("k1"),)), "'k1' .* model 'k1' .* route 'r'"),
+        (lambda: Change(put_routes=(route("s"), route("s"))), "put_routes: 's' is given twice"),
+        (lambda: Change(put_routes=(route("s", keys=()),)), "route 's' has no keys"),
+        (lambda: Change(put_routes=(route("s", keys=("x", "x")),)), "'x' is given twice"),
+    ],
+)
+async def test_a_route_whose_keys_are_taken_changes_nothing(
+    store: CatalogStore, change: Any, text: str
+) -> None:
+    await store.write(Change(put_models=(model("a"),), put_routes=(route("r", keys=("k1",)),)))
+    before = store.read()
+    with pytest.raises(ValueError, match=text):
+        await store.write(change())
+    assert store.read() == before
+
+
+async def test_keys_of_a_file_without_routes_stay_those_of_its_models(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        schema.migrate(connection, schema.MIGRATIONS[:1])
+        connection.execute(
+            "INSERT INTO models VALUES"
+            " ('a', 'api', '', '', 'identity', '', '{}', 'null', 0, 0, 'e', '')"
+        )
+        connection.execute(
+            "INSERT INTO routes VALUES ('a', 'a', NULL), ('k2', 'a', 0), ('k1', 'a', 1)"
+        )
+    store = CatalogStore.open(path)
+    (kept,) = store.read().models
+    assert kept.keys == ("k2", "k1")
+    assert store.read().routes == ()
+    with pytest.raises(ValueError, match="'a' would mean"):
+        await store.write(Change(put_routes=(route("r", keys=("a",)),)))
+    await store.write(Change(delete_models=("a",)))
+    await store.write(Change(put_routes=(route("r", keys=("a", "k1")),)))
+    await store.close()
+    assert integrity_of(path) == "ok"
 
 
 # What is refused.

@@ -188,6 +188,64 @@ class TestListings:
         found = json.loads(run(server, "stats", "--json").stdout)["stats"]["host_tier"]
         assert (found["budget_bytes"], found["promotion_count"]) == (2**30, 7)
 
+    def test_stats_tell_how_the_server_does(self, server: FakeServer) -> None:
+        answer = admin_service_pb2.GetStatsResponse(
+            recent_load_duration=Duration(seconds=2),
+            regret=admin_service_pb2.Regret(
+                lru_load_duration=Duration(seconds=9), regret_duration=Duration(seconds=-4)
+            ),
+            departures=admin_service_pb2.Departures(
+                counts={"MODEL": 5, "LOST": 1, "SULKED": 2},
+                age_count=5,
+                median_idle_duration=Duration(seconds=3),
+                p90_idle_duration=Duration(seconds=8),
+                median_resident_duration=Duration(seconds=4),
+                p90_resident_duration=Duration(seconds=9),
+            ),
+            batches=admin_service_pb2.BatchFigures(
+                batch_count=4,
+                request_count=9,
+                row_count=11,
+                largest_request_count=5,
+                largest_row_count=6,
+                alone_count=2,
+                unshared_count=7,
+                split_count=1,
+                padding_ratio=0.125,
+            ),
+        )
+        server.reply("GetStats", answer)
+        rows = [" ".join(words) for words in lines(run(server, "stats"))]
+        for row in (
+            "in the last minute 2.00s",
+            "under LRU 9.00s, it is 4.00s less here",
+            "models told to leave 8",
+            "to make room for a model 5",
+            "lost with their process 1",
+            "sulked 2",
+            "idle before median 3.00s, p90 8.00s (last 5 chosen)",
+            "resident before median 4.00s, p90 9.00s (last 5 chosen)",
+            "batches 4 of 9 requests, 11 rows",
+            "at most 5 requests, 6 rows",
+            "requests alone 2",
+            "run again in parts 1",
+            "padding 12.5% at most",
+            "requests that share no run 7",
+        ):
+            assert row in rows
+        told = json.loads(run(server, "stats", "--json").stdout)["stats"]
+        assert told["recent_load_s"] == 2.0
+        assert told["regret"] == {"lru_load_s": 9.0, "regret_s": -4.0}
+        assert told["departures"]["counts"] == {"LOST": 1, "MODEL": 5, "SULKED": 2}
+        assert told["batches"]["padding_ratio"] == 0.125
+
+    def test_stats_of_an_older_server_leave_out_what_it_does_not_tell(
+        self, server: FakeServer
+    ) -> None:
+        told = run(server, "stats").stdout
+        for words in ("under LRU", "told to leave", "batches", "padding"):
+            assert words not in told
+
     def test_stats(self, server: FakeServer) -> None:
         table = lines(run(server, "stats"))
         assert ["version", "9.9.9"] in table and ["answered", "41"] in table

@@ -260,6 +260,110 @@ class TestExplain:
         assert answer["residency"]["state"] == "resident" and answer["truncated"]
         assert answer["events"][0]["happened_at"] == "2023-11-14T22:13:20+00:00"
 
+    def test_each_eviction_is_told_with_its_reason_and_its_price(self, server: FakeServer) -> None:
+        left = event_pb2.Event(
+            type=event_pb2.EVENT_TYPE_EVICTED,
+            subject="models/m",
+            cause="models/\x1bn",
+            score=0.25,
+            rule="gdsf",
+            expected_load_duration=Duration(seconds=2),
+            idle_duration=Duration(seconds=12),
+            resident_duration=Duration(seconds=20),
+        )
+        paid = residency_service_pb2.Eviction(
+            event=left,
+            waited_request_count=3,
+            longest_wait=Duration(seconds=4),
+            waited_sum=Duration(seconds=7),
+            reload_duration=Duration(seconds=3),
+        )
+        answer = residency_service_pb2.ExplainModelResponse(summary="S.", evictions=[paid])
+        server.reply("ExplainModel", answer)
+        why, cost = run(server, "explain", "m").stdout.splitlines()[1:]
+        assert why == (
+            "evicted because \N{REPLACEMENT CHARACTER}n needed the room; chosen by the rule gdsf, "
+            "score 0.25; not asked for since 12.00s; loaded 20.00s before"
+        )
+        assert cost == (
+            "  cost 3.00s: loaded again; 3 requests waited for it, the first 4.00s, all together "
+            "7.00s; a load was expected to take 2.00s"
+        )
+        told = json.loads(run(server, "explain", "m", "--json").stdout)["evictions"]
+        assert [(each["reload_s"], each["event"]["expected_load_s"]) for each in told] == [(3, 2)]
+
+    @pytest.mark.parametrize(
+        ("type", "cause", "rule", "words"),
+        [
+            ("EVICTED", "devices/cuda-1", "lru", "because cuda:1 held more than its budget"),
+            ("DRAINED", "devices/cuda-1", "", "because cuda:1 was drained"),
+            ("EVICTED", "operator", "", "by a call of an operator"),
+            ("LOST", "", "", "with the process that held it, which died"),
+        ],
+    )
+    def test_every_cause_is_said_in_words(
+        self, server: FakeServer, type: str, cause: str, rule: str, words: str
+    ) -> None:
+        event = event_pb2.Event(
+            type=event_pb2.EventType.Value(f"EVENT_TYPE_{type}"), cause=cause, rule=rule
+        )
+        eviction = residency_service_pb2.Eviction(event=event)
+        answer = residency_service_pb2.ExplainModelResponse(summary="S.", evictions=[eviction])
+        server.reply("ExplainModel", answer)
+        why, cost = run(server, "explain", "m").stdout.splitlines()[1:]
+        assert why.startswith(f"{type.lower()} {words}")
+        assert cost == "  cost nothing so far: not loaded again"
+
+    @pytest.mark.parametrize(
+        ("eviction", "words"),
+        [
+            ({"reload_duration": Duration(seconds=3)}, "cost 3.00s: loaded again; nobody waited"),
+            (
+                {
+                    "reload_duration": Duration(seconds=3),
+                    "waited_request_count": 1,
+                    "longest_wait": Duration(seconds=4),
+                    "waited_sum": Duration(seconds=4),
+                },
+                "cost 3.00s: loaded again; 1 request waited 4.00s for it",
+            ),
+            (
+                {
+                    "reload_duration": Duration(seconds=3),
+                    "reload_time": Timestamp(seconds=1_700_000_000),
+                    "failed_load_count": 2,
+                },
+                "nobody waited for it; 2 loads failed or stopped",
+            ),
+            ({"failed_load_count": 1}, "not loaded again so far; a load failed or stopped"),
+        ],
+    )
+    def test_every_cost_is_said_in_words(
+        self, server: FakeServer, eviction: dict[str, Any], words: str
+    ) -> None:
+        answer = residency_service_pb2.ExplainModelResponse(
+            summary="S.", evictions=[residency_service_pb2.Eviction(event=EVENT, **eviction)]
+        )
+        server.reply("ExplainModel", answer)
+        assert words in run(server, "explain", "m").stdout.splitlines()[2]
+
+    def test_people_are_told_of_the_last_evictions_and_programs_of_all(
+        self, server: FakeServer
+    ) -> None:
+        many = [
+            residency_service_pb2.Eviction(
+                event=event_pb2.Event(type=event_pb2.EVENT_TYPE_EVICTED, cause=f"models/n{i}")
+            )
+            for i in range(13)
+        ]
+        answer = residency_service_pb2.ExplainModelResponse(summary="S.", evictions=many)
+        server.reply("ExplainModel", answer)
+        _, note, first, *_ = run(server, "explain", "m").stdout.splitlines()
+        assert note == "it had to leave 3 times before that; --json tells of all"
+        assert first == "evicted because n3 needed the room"
+        told = json.loads(run(server, "explain", "m", "--json").stdout)["evictions"]
+        assert len(told) == 13
+
     def test_a_model_that_is_gone_has_only_a_history(self, server: FakeServer) -> None:
         server.reply("ExplainModel", residency_service_pb2.ExplainModelResponse(summary="Deleted."))
         assert run(server, "explain", "m").stdout == "Deleted.\n"

@@ -28,7 +28,16 @@ from modelyard.aio import AsyncClient
 from modelyard.client import Client
 from modelyard.devices import ComponentDevice, Device, DeviceMap
 from modelyard.prediction import Prediction
-from modelyard.resources import CopyState, DeviceCharge, HostTier, LoadFailure, ResidencyState
+from modelyard.resources import (
+    BatchFigures,
+    CopyState,
+    Departures,
+    DeviceCharge,
+    HostTier,
+    LoadFailure,
+    Regret,
+    ResidencyState,
+)
 from modelyard.tensors import Bfloat16, TensorError, to_tensor
 from modelyard.v1 import (
     admin_service_pb2,
@@ -42,6 +51,9 @@ from modelyard.v1 import (
     residency_service_pb2,
     tensor_pb2,
 )
+
+LIVE = ("recent_load_duration", "regret", "departures", "batches")
+"""Fields of GetStatsResponse that are values of their own in the client."""
 
 PredictRequest = inference_service_pb2.PredictRequest
 PredictResponse = inference_service_pb2.PredictResponse
@@ -1018,12 +1030,65 @@ class TestAdmin:
             **{
                 field.name: getattr(message, field.name)
                 for field in message.DESCRIPTOR.fields
-                if field.name not in ("error_counts", "load_duration", "host_tier")
+                if field.name not in ("error_counts", "load_duration", "host_tier", *LIVE)
             },
             "error_counts": {"QUEUE_FULL": 2},
             "load_s": 8.0,
             "host_tier": None,
+            # A server that is older than these says nothing of them.
+            "recent_load_s": 0.0,
+            "regret": None,
+            "departures": None,
+            "batches": None,
         }
+
+    def test_the_server_tells_how_it_does(self, server: FakeServer, admin: Admin) -> None:
+        batches = {
+            field.name: number
+            for number, field in enumerate(dataclasses.fields(BatchFigures), 1)
+            if field.name != "padding_ratio"
+        }
+        message = admin_service_pb2.GetStatsResponse(
+            recent_load_duration=Duration(seconds=1),
+            regret=admin_service_pb2.Regret(
+                lru_load_duration=Duration(seconds=5),
+                regret_duration=Duration(seconds=-2, nanos=-500_000_000),
+            ),
+            departures=admin_service_pb2.Departures(
+                counts={"MODEL": 3, "LOST": 1},
+                age_count=3,
+                median_idle_duration=Duration(seconds=1),
+                p90_idle_duration=Duration(seconds=2),
+                median_resident_duration=Duration(seconds=3),
+                p90_resident_duration=Duration(seconds=4),
+            ),
+            batches=admin_service_pb2.BatchFigures(padding_ratio=0.25, **batches),
+        )
+        server.answer("GetStats", lambda request, context: message)
+        stats = admin.stats()
+        assert stats.recent_load_s == 1.0
+        assert stats.regret == Regret(lru_load_s=5.0, regret_s=-2.5)
+        assert stats.departures == Departures(
+            counts={"LOST": 1, "MODEL": 3},
+            age_count=3,
+            median_idle_s=1.0,
+            p90_idle_s=2.0,
+            median_resident_s=3.0,
+            p90_resident_s=4.0,
+        )
+        assert stats.batches == BatchFigures(padding_ratio=0.25, **batches)
+        assert [field.name for field in dataclasses.fields(BatchFigures)] == [
+            field.name for field in admin_service_pb2.BatchFigures.DESCRIPTOR.fields
+        ]
+
+    def test_what_has_not_been_yet_has_no_figure(self, server: FakeServer, admin: Admin) -> None:
+        message = admin_service_pb2.GetStatsResponse(
+            departures=admin_service_pb2.Departures(), batches=admin_service_pb2.BatchFigures()
+        )
+        server.answer("GetStats", lambda request, context: message)
+        stats = admin.stats()
+        assert stats.departures is not None and stats.departures.median_idle_s is None
+        assert stats.batches is not None and stats.batches.padding_ratio is None
 
     def test_the_server_tells_of_its_host_tier(self, server: FakeServer, admin: Admin) -> None:
         names = [field.name for field in dataclasses.fields(HostTier)]

@@ -24,7 +24,7 @@ from modelyard import errors
 from modelyard._connection import Connection, ConnectionSettings
 from modelyard._stream import StreamTimes
 from modelyard.admin import Admin
-from modelyard.events import Event, EventType, WatchPosition
+from modelyard.events import Event, EventType, Eviction, WatchPosition
 from modelyard.resources import ResidencyState
 from modelyard.v1 import (
     admin_service_pb2,
@@ -595,11 +595,15 @@ class TestInterruption:
                 env=environment,
             ) as process:
                 assert process.stdout is not None
+                # One that hangs is to fail the test, not to hold it up.
+                watchdog = threading.Timer(60, process.kill)
+                watchdog.start()
                 for _ in range(events * 7):
                     assert process.stdout.readline().strip().isdigit()
                 process.send_signal(signal.SIGINT)
                 *_, last = process.stdout
-                assert process.wait(20) == 0
+                assert process.wait() == 0
+                watchdog.cancel()
                 # The signal may have cut a line of the follower's own in two.
                 assert last.endswith("interrupted []\n")
 
@@ -621,6 +625,63 @@ class TestExplain:
         assert [event.revision for event in explanation.events] == [1, 2]
         assert (explanation.summary, explanation.truncated) == ("It was evicted for n.", True)
         assert server.requests[0].model == "models/m"
+
+    def test_an_eviction_is_told_with_what_it_cost(self, server: FakeServer, admin: Admin) -> None:
+        event = event_pb2.Event(
+            revision=3,
+            type=event_pb2.EVENT_TYPE_EVICTED,
+            rule="gdsf",
+            expected_load_duration=Duration(seconds=2),
+            idle_duration=Duration(seconds=5),
+            resident_duration=Duration(seconds=9),
+        )
+        done = event_pb2.Event(
+            type=event_pb2.EVENT_TYPE_LOAD_DONE,
+            waited_request_count=2,
+            waited_sum=Duration(seconds=4),
+        )
+        paid = residency_service_pb2.Eviction(
+            event=event,
+            waited_request_count=2,
+            longest_wait=Duration(seconds=3),
+            waited_sum=Duration(seconds=4),
+            reload_duration=Duration(seconds=1),
+            reload_time=Timestamp(seconds=1_700_000_000),
+            failed_load_count=1,
+        )
+        unpaid = residency_service_pb2.Eviction(event=event)
+        server.reply(
+            "ExplainModel",
+            residency_service_pb2.ExplainModelResponse(
+                events=[event, done], evictions=[paid, unpaid]
+            ),
+        )
+        explanation = admin.explain("m")
+        left, loaded = explanation.events
+        assert (left.rule, left.expected_load_s) == ("gdsf", 2.0)
+        assert (left.idle_s, left.resident_s) == (5.0, 9.0)
+        assert (loaded.waited_request_count, loaded.waited_sum_s) == (2, 4.0)
+        assert (loaded.rule, loaded.expected_load_s, loaded.idle_s) == ("", None, None)
+        assert explanation.evictions == (
+            Eviction(
+                event=left,
+                waited_request_count=2,
+                longest_wait_s=3.0,
+                waited_sum_s=4.0,
+                reload_s=1.0,
+                reloaded_at=datetime.fromtimestamp(1_700_000_000, UTC),
+                failed_load_count=1,
+            ),
+            Eviction(
+                event=left,
+                waited_request_count=0,
+                longest_wait_s=None,
+                waited_sum_s=None,
+                reload_s=None,
+                reloaded_at=None,
+                failed_load_count=0,
+            ),
+        )
 
     def test_a_deleted_model_has_no_residency(self, server: FakeServer, admin: Admin) -> None:
         server.reply("ExplainModel", residency_service_pb2.ExplainModelResponse(summary="Deleted."))

@@ -31,6 +31,7 @@ from modelyard_server.config import (
     EngineConfig,
     HostTierConfig,
     ModelConfig,
+    RouteConfig,
     ServerConfig,
     WeightsConfig,
     YardConfig,
@@ -93,6 +94,7 @@ class TestGoodFiles:
             log_level = "debug"
             [yard]
             policy = "lru"
+            order = "fifo"
             max_waiting_per_model = 1
             max_waiting = 2
             overdue_after_s = 3
@@ -137,6 +139,7 @@ class TestGoodFiles:
             ),
             yard=YardConfig(
                 policy="lru",
+                order="fifo",
                 max_waiting_per_model=1,
                 max_waiting=2,
                 overdue_after_s=3,
@@ -518,6 +521,7 @@ class TestServer:
             "loads_per_device = 0",
             "explain_capacity = 0",
             'policy = ""',
+            'order = "lifo"',
         ],
     )
     def test_yard_values_out_of_range_are_refused(self, base: Path, setting: str) -> None:
@@ -867,6 +871,62 @@ class TestModels:
     def test_keys_are_an_array_of_strings(self, base: Path, value: str) -> None:
         line, key, _ = only_problem(with_model(f'runtime = "identity"\nkeys = {value}\n'), base)
         assert (line, key.removesuffix("[0]")) == (11, "models.m.keys")
+
+    def test_routes_are_read_and_a_repeated_key_counts_once(self, base: Path) -> None:
+        text = f'{CPU}{ECHO}[[routes]]\nid = "r"\nkeys = ["a", "b", "a"]\nmodel = "echo"\n'
+        assert parse_config(text, base=base).routes == (
+            RouteConfig(id="r", keys=("a", "b"), model="echo"),
+        )
+
+    def test_a_key_is_in_one_route_or_a_models_own(self, base: Path) -> None:
+        text = (
+            f'{CPU}[models.a]\nruntime = "identity"\nkeys = ["own"]\n'
+            '[[routes]]\nid = "r"\nkeys = ["x", "own", "a"]\nmodel = "a"\n'
+            '[[routes]]\nid = "r"\nkeys = ["y", "x"]\nmodel = "b"\n'
+        )
+        problems = problems_of(text, base)
+        assert [(line, key) for line, key, _ in problems] == [
+            (9, "routes[0].keys[1]"),
+            (9, "routes[0].keys[2]"),
+            (12, "routes[1].id"),
+            (13, "routes[1].keys[1]"),
+            (14, "routes[1].model"),
+        ]
+        texts = [text for _, _, text in problems]
+        assert "is a key of models.a already" in texts[0]
+        assert "is a key of models.a already" in texts[1]
+        assert "is the id of routes[0] already" in texts[2]
+        assert "is a key of routes[0] already" in texts[3]
+        assert "is not in [models] (there: a)" in texts[4]
+        with pytest.raises(ValueError, match=r"routes\[0\].model: .*not in \[models\]"):
+            Config(
+                devices=parse_config(CPU, base=base).devices,
+                routes=(RouteConfig(id="r", keys=("x",), model="a"),),
+            )
+
+    @pytest.mark.parametrize(
+        ("route", "where"),
+        [
+            ("keys = []", "routes[0].keys"),
+            ('keys = "abc"', "routes[0].keys"),
+            ('keys = ["a b"]', "routes[0].keys[0]"),
+            ('keys = ["a"]\nid = "B"', "routes[0].id"),
+            ('keys = ["a"]\nmodel = 1', "routes[0].model"),
+            ('keys = ["a"]\nmodels = ["echo"]', "routes[0].models"),
+        ],
+    )
+    def test_a_route_that_cannot_be_is_refused(self, base: Path, route: str, where: str) -> None:
+        rest = "".join(
+            f'{name} = "{value}"\n'
+            for name, value in (("id", "r"), ("model", "echo"))
+            if f"{name} =" not in route
+        )
+        assert only_problem(f"{CPU}{ECHO}[[routes]]\n{route}\n{rest}", base)[1] == where
+
+    def test_routes_are_an_array_of_tables(self, base: Path) -> None:
+        _, key, text = only_problem(f"{CPU}[routes]\nid = 'r'\n", base)
+        assert key == "routes"
+        assert "[[routes]]" in text
 
     def test_a_key_means_one_model(self, base: Path) -> None:
         text = (

@@ -427,6 +427,53 @@ def test_a_yard_goes_by_the_policy_it_was_given(policy: str) -> None:
         assert yard.shadow_seconds is None
 
 
+@pytest.mark.parametrize("policy", _core.POLICIES)
+def test_a_yard_says_what_lru_would_have_paid(policy: str) -> None:
+    yard = make_yard(100, policy=policy)
+    a, b, c = (yard.add_model(name, [{0: 40}], 9.0) for name in "abc")
+    now = 0
+
+    def ask(model: int, took_s: float) -> None:
+        nonlocal now
+        now += SECOND
+        _, actions = yard.request(model, now, NEVER)
+        for unload in actions_of(_core.Unload, actions):
+            actions = yard.unload_done(unload.model, now, {0: 40})
+        assert actions_of(_core.Load, actions)
+        (grant,) = actions_of(_core.Grant, yard.load_done(model, now, {0: 40}, took_s))
+        yard.release(grant.lease, now)
+
+    ask(a, 1.0)
+    yard.pin(a, now)
+    for model in (b, c, b, c):  # LRU drops a, and has room for both.
+        ask(model, 2.0)
+    assert (yard.counters.load_seconds, yard.lru_seconds) == (9.0, 5.0)
+    assert yard.departure_counts == {"MODEL": 3}
+    # The victims were asked for, and loaded, one request before.
+    assert yard.victim_ages == [(SECOND, SECOND)] * 3
+    evicted = [record for record in yard.explanations() if record["decision"] == "EVICTED"]
+    assert [record["expected_s"] for record in evicted] == [2.0] * 3
+    assert {record["rule"] for record in evicted} <= set(_core.POLICIES) - {"ensemble", "learned"}
+    assert {(record["idle_ns"], record["stayed_ns"]) for record in evicted} == {(SECOND, SECOND)}
+
+
+def test_a_load_says_who_waited_for_it() -> None:
+    yard = make_yard(100)
+    model = yard.add_model("m", [{0: 40}], 1.0)
+    for now in (0, 2 * SECOND):
+        yard.request(model, now, NEVER)
+    for grant in actions_of(_core.Grant, yard.load_done(model, 5 * SECOND, {0: 40}, 1.0)):
+        yard.release(grant.lease, 5 * SECOND)
+    told = yard.explanations()[-1]
+    assert told["decision"] == "LOAD_DONE"
+    assert (told["waiting_count"], told["waited_ns"], told["waited_sum_ns"]) == (
+        2,
+        5 * SECOND,
+        8 * SECOND,
+    )
+    assert yard.departure_counts == {}
+
+
 def test_a_refusal_carries_numbers_and_the_largest_holders() -> None:
     yard = make_yard(100)
     held = [yard.add_model(f"h{i}", [{0: size}], 1.0) for i, size in enumerate((10, 40, 20, 25))]

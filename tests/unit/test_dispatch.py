@@ -103,8 +103,9 @@ async def test_work_that_ends_in_place_is_answered(lease: CountedLease) -> None:
             parameters: Any,
             on_done: Callable[[Any], None],
             client: Callable[[], str] = nobody,
+            waited_s: float = 0.0,
         ) -> FakeRun:
-            run = super().run(model, inputs, parameters, on_done, client)
+            run = super().run(model, inputs, parameters, on_done, client, waited_s)
             run.finish((VALUE,))
             return run
 
@@ -203,8 +204,9 @@ async def test_an_error_leaves_nothing_of_its_request_to_the_garbage_collector(
             parameters: Any,
             on_done: Callable[[Any], None],
             client: Callable[[], str] = nobody,
+            waited_s: float = 0.0,
         ) -> FakeRun:
-            run = super().run(model, inputs, parameters, on_done, client)
+            run = super().run(model, inputs, parameters, on_done, client, waited_s)
             if brief:
                 run.finish(TensorError("x", "no"))
             return run

@@ -12,7 +12,7 @@ from tests.support.fake_engine import turns
 from modelyard.v1 import event_pb2
 from modelyard_server import _core
 from modelyard_server.residency.decisions import publish_decision
-from modelyard_server.residency.journal import Event, EventType, Journal, Position
+from modelyard_server.residency.journal import Departure, Event, EventType, Journal, Position, Waits
 
 NOON = datetime(2030, 1, 2, 12, tzinfo=UTC)
 
@@ -286,6 +286,12 @@ def record_of(decision: str, **values: Any) -> dict[str, Any]:
         "shared_bytes": 0,
         "waited_ns": 0,
         "seconds": 0.0,
+        "idle_ns": 0,
+        "stayed_ns": 0,
+        "expected_s": 0.0,
+        "rule": "",
+        "waiting_count": 0,
+        "waited_sum_ns": 0,
     }
     assert values.keys() <= nothing.keys()
     return nothing | values
@@ -301,6 +307,26 @@ def published(decision: str, **values: Any) -> tuple[Event, Journal]:
     )
     assert journal.events_after(0) == ([event], False)
     return event, journal
+
+
+@pytest.mark.parametrize("decision", ["EVICTED", "DRAINED", "LOST"])
+def test_a_model_that_leaves_is_told_of_with_its_age_and_price(decision: str) -> None:
+    event, _ = published(
+        decision, rule="gdsf", expected_s=1.5, idle_ns=2 * 10**9, stayed_ns=3 * 10**9
+    )
+    assert event.departure == Departure(
+        rule="gdsf", expected_load_s=1.5, idle_s=2.0, resident_s=3.0
+    )
+    # What has left before, and what is no departure, has neither.
+    assert published(decision)[0].departure is None
+    assert published("UNLOADED", expected_s=1.5)[0].departure is None
+
+
+def test_a_load_tells_who_waited_for_it() -> None:
+    event, _ = published("LOAD_DONE", waiting_count=3, waited_sum_ns=6 * 10**9)
+    assert event.waits == Waits(count=3, sum_s=6.0)
+    assert published("LOAD_DONE")[0].waits is None
+    assert published("LOAD_STARTED", waiting_count=3)[0].waits is None
 
 
 @pytest.mark.parametrize(

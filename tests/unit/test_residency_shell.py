@@ -506,6 +506,55 @@ async def test_a_deadline_that_has_passed_is_refused_at_once(benches: Any) -> No
     assert bench.engine.load_log == []
 
 
+async def busy_with(bench: Bench, handle: ModelHandle, count: int) -> list[Lease]:
+    """Leases of a model that ends a request a second, and has so many to go."""
+    leases = [await bench.load(handle)]
+    for _ in range(count + 7):
+        lease = bench.residency.try_lease(handle)
+        assert lease is not None
+        leases.append(lease)
+    for lease in leases[:8]:
+        bench.clock.advance(1)
+        lease.release()
+    return leases[8:]
+
+
+async def test_a_hit_that_would_be_answered_too_late_is_refused_at_once(benches: Any) -> None:
+    bench = benches()
+    model = bench.add("m")
+    leases = await busy_with(bench, model, 10)
+    soon_ns = bench.now_ns() + 4 * 10**9
+    assert bench.residency.try_lease(model, soon_ns) is None
+    refusal = await refusal_of(await bench.wait_for(model, soon_ns))
+    assert refusal.reason is Reason.DEADLINE_UNREACHABLE
+    assert refusal.code is Code.RESOURCE_EXHAUSTED
+    assert refusal.metadata == {"ready_in_ms": "11000", "deadline_in_ms": "4000"}
+    assert refusal.retry_after_s == pytest.approx(11 * 1.25 - 4)
+    assert refusal.quota
+    in_time = bench.residency.try_lease(model, bench.now_ns() + 14 * 10**9)
+    assert in_time is not None
+    for lease in (*leases, in_time):
+        lease.release()
+
+
+async def test_a_load_that_takes_too_long_is_refused_at_once(benches: Any) -> None:
+    bench = benches(real_clock=True)
+    model = bench.add("m")
+    loading = await bench.wait_for(model)
+    await asyncio.sleep(0.05)  # What the load takes, at least.
+    bench.engine.loads[model.core_id].finish(100)
+    (await loading).release()
+    leaving = asyncio.create_task(bench.residency.unload(model))
+    await turns()
+    bench.engine.unloads[model.core_id].finish()
+    await leaving
+    # So soon that even its being passed already would be told as something else.
+    refusal = await refusal_of(await bench.wait_for(model, bench.now_ns() + 40_000_000))
+    assert refusal.reason is Reason.DEADLINE_UNREACHABLE
+    assert bench.residency.waiting_count == 0
+    assert bench.state(model) is State.LOADING, "for who comes again"
+
+
 # --- Wake-ups -------------------------------------------------------------------------------------
 
 
@@ -918,3 +967,86 @@ async def test_counters_are_back_at_zero_after_many_requests(benches: Any) -> No
 async def _use_once(bench: Bench, model: ModelHandle) -> None:
     with await bench.residency.lease(model, NEVER_NS):
         await turns(1)
+
+
+# --- Strict order of arrival ----------------------------------------------------------------------
+
+
+async def test_in_order_of_arrival_nobody_is_overtaken(benches: Any) -> None:
+    bench = benches(order="fifo")
+    hot, cold = bench.add("hot"), bench.add("cold")
+    await bench.load_and_release(hot)
+    first = await bench.wait_for(cold)
+    # Its model is there, and it waits: somebody was here before.
+    assert bench.residency.try_lease(hot) is None
+    second = await bench.wait_for(hot)
+    third = await bench.wait_for(cold)
+    assert bench.residency.use(cold).waiting_count == 1
+    assert bench.residency.waiting_count == 3
+    assert not second.done()
+    bench.engine.loads[cold.core_id].finish(100)
+    for waiter in (first, second, third):
+        (await waiter).release()
+    with bench.residency.try_lease(hot) as lease:
+        assert lease.wait_s == 0.0
+
+
+async def test_in_order_of_arrival_one_load_at_a_time_is_asked_for(benches: Any) -> None:
+    bench = benches(order="fifo")
+    here, there = bench.add("here", 100, 0), bench.add("there", 100, 1)
+    waiters = [await bench.wait_for(here), await bench.wait_for(there)]
+    assert bench.engine.load_log == ["here"]
+    bench.engine.loads[here.core_id].finish(100)
+    await turns()
+    assert bench.engine.load_log == ["here", "there"]
+    bench.engine.loads[there.core_id].finish(100)
+    for waiter in waiters:
+        (await waiter).release()
+
+
+async def test_what_an_operator_asks_for_does_not_stand_in_line(benches: Any) -> None:
+    bench = benches(order="fifo")
+    hot, cold, wished = bench.add("hot"), bench.add("cold"), bench.add("wished", 100, 1)
+    await bench.load_and_release(hot)
+    waiter = await bench.wait_for(cold)
+    bench.residency.try_lease(hot, asked=True).release()
+    bench.residency.want(wished)
+    staged = asyncio.create_task(bench.residency.lease(wished, NEVER_NS, asked=True))
+    await turns()
+    bench.engine.loads[wished.core_id].finish(100)
+    (await staged).release()
+    bench.engine.loads[cold.core_id].finish(100)
+    (await waiter).release()
+
+
+async def test_a_refusal_of_who_is_in_front_lets_the_next_one_go_on(benches: Any) -> None:
+    bench = benches(order="fifo")
+    large, failing, model = bench.add("large", BUDGET + 1), bench.add("failing"), bench.add("m")
+    waiters = [await bench.wait_for(m) for m in (failing, large, model)]
+    bench.engine.loads[failing.core_id].fail(ModelFilesError("no files"))
+    await turns()
+    assert (await refusal_of(waiters[0])).reason is Reason.LOAD_FAILED
+    assert (await refusal_of(waiters[1])).reason is Reason.MODEL_NEVER_FITS
+    bench.engine.loads[model.core_id].finish(100)
+    (await waiters[2]).release()
+
+
+async def test_cancelling_who_is_in_front_lets_the_next_one_go_on(benches: Any) -> None:
+    bench = benches(order="fifo")
+    first, second = bench.add("first", 100, 0), bench.add("second", 100, 1)
+    gone, stays = await bench.wait_for(first), await bench.wait_for(second)
+    gone.cancel()
+    await turns()
+    assert bench.engine.load_log == ["first", "second"]
+    for model in (first, second):
+        bench.engine.loads[model.core_id].finish(100)
+    (await stays).release()
+
+
+async def test_close_refuses_who_stands_in_line(benches: Any) -> None:
+    bench = benches(order="fifo")
+    model = bench.add("m")
+    waiters = [await bench.wait_for(model) for _ in range(3)]
+    await bench.end()
+    reasons = {(await refusal_of(waiter)).reason for waiter in waiters}
+    assert reasons == {Reason.SERVER_DRAINING}

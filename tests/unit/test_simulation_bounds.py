@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,6 +115,14 @@ def test_several_devices_have_a_schedule_too() -> None:
     assert cost_belady_s(trace, (2, 2)) == 2.0
     assert cost_belady_s(trace, (2, 1)) == 6.0
     assert best_offline_s(trace, (2, 2)) == 2.0
+
+
+def test_for_models_that_span_devices_there_is_no_schedule() -> None:
+    trace = small_trace([0], sizes=[4])
+    split = replace(trace, models=(replace(trace.models[0], spans=2),))
+    assert cost_belady_s(split, (4,)) == 1.0
+    with pytest.raises(ValueError, match="no offline schedule"):
+        cost_belady_s(split, (4, 4))
 
 
 def test_without_the_solver_there_is_help_and_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,27 @@ def test_tenants_sleep() -> None:
     assert min(counts) < 25
 
 
+@pytest.mark.parametrize(("share", "length"), [(0, 2), (1, 3)])
+def test_a_chain_is_always_followed_by_the_same_ones(share: int, length: int) -> None:
+    model = family_trace(f"chain:{share}", requests=3000, models=40, seed=3).model
+    followers: dict[int, set[tuple[int, ...]]] = {}
+    for first, *others in model.reshape(-1, length).tolist():
+        assert first not in others
+        followers.setdefault(first, set()).add(tuple(others))
+    assert len(followers) > 30
+    assert all(len(ways) == 1 for ways in followers.values())
+
+
+def test_some_chains_are_longer() -> None:
+    def mean_length(share: float) -> float:
+        # Chains begin as Zipf's law says, so the first model begins as many a request.
+        firsts = family_trace(f"chain:{share}", requests=9000, models=9000, seed=3).model
+        counts = np.bincount(firsts)
+        return float(9000 / counts.max())
+
+    assert mean_length(0) < mean_length(0.5) < mean_length(1)
+
+
 def test_one_hit_models_are_wanted_once() -> None:
     model = family_trace("onehit:0.3", requests=5000, models=50).model
     counts = np.bincount(model)

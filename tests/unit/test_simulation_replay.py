@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from modelyard_server.simulation.outcome import (
 )
 from modelyard_server.simulation.serial_replay import replay_serially
 from modelyard_server.simulation.timed_replay import _TimedReplay, replay_timed
-from modelyard_server.simulation.trace import TraceError
+from modelyard_server.simulation.trace import Trace, TraceError
 
 
 def same(one: Outcome, other: Outcome) -> bool:
@@ -264,6 +266,102 @@ def test_reference_schedulers_serve_everybody(name: str) -> None:
     assert outcome.wait_s.min() >= 0
     with pytest.raises(ValueError, match=r"there are fifo\+lru, fcfs\+lru"):
         replay_baseline(trace, machine, "lru")
+
+
+# --- Models that span devices
+
+
+def spanning(trace: Trace, spans: Mapping[int, int]) -> Trace:
+    """A trace some of whose models are split over several devices."""
+    return replace(
+        trace,
+        models=tuple(replace(m, spans=spans.get(i, 1)) for i, m in enumerate(trace.models)),
+    )
+
+
+def replay(trace: Trace, machine: Machine, name: str) -> Outcome:
+    if name in BASELINES:
+        return replay_baseline(trace, machine, name)
+    return replay_timed(trace, machine, name)
+
+
+SCHEDULERS = ("lru", *BASELINES)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_spanning_model_holds_its_part_of_each_device(name: str) -> None:
+    # Of 7 bytes each device has 4: beside it 6 of a device's 10 are free.
+    made = small_trace([0, 1, 2, 0], sizes=[7, 6, 6], arrivals=[0.0, 2.0, 4.0, 6.0])
+    outcome = replay(spanning(made, {0: 2}), Machine(budgets=(10, 10)), name)
+    assert outcome.load_count == 3
+    assert not outcome.evictions
+    # Of 9 it has 5: one of the others has to go, and it needs both devices to come back.
+    made = small_trace([0, 1, 2, 0], sizes=[9, 6, 6], arrivals=[0.0, 2.0, 4.0, 6.0])
+    outcome = replay(spanning(made, {0: 2}), Machine(budgets=(10, 10)), name)
+    assert outcome.load_count == 4
+    assert outcome.eviction_count == 3
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_spanning_model_runs_in_a_slot_of_each_device(name: str) -> None:
+    made = small_trace(
+        [0, 1, 2, 0, 1, 2],
+        sizes=[4, 2, 2],
+        arrivals=[0.0, 0.1, 0.2, 10.0, 11.0, 11.5],
+        runs=[0.0, 0.0, 0.0, 5.0, 1.0, 1.0],
+    )
+    machine = Machine(budgets=(4, 4), slots=1)
+    outcome = replay(spanning(made, {0: 2}), machine, name)
+    assert outcome.load_count == 3
+    # The other two are on a device each, and wait until it has run on both.
+    assert outcome.wait_s[3:].tolist() == pytest.approx([0.0, 4.0, 3.5])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_who_waits_for_several_slots_is_not_overtaken_for_ever(name: str) -> None:
+    # Both devices are always busy with one-device requests, and never idle at once.
+    count = 40
+    made = small_trace(
+        [0, 1, 2, *([1, 2] * count)[:10], 0, *([1, 2] * count)],
+        sizes=[4, 2, 2],
+        arrivals=[0.0, 0.1, 0.2, *(10 + 0.5 * i for i in range(10)), 15.0]
+        + [15 + 0.5 * i for i in range(2 * count)],
+        runs=[0.0, 0.0, 0.0, *([1.0] * 10), 1.0, *([1.0] * 2 * count)],
+    )
+    machine = Machine(budgets=(4, 4), slots=1)
+    outcome = replay(spanning(made, {0: 2}), machine, name)
+    assert outcome.wait_s[13] <= 2.0
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_on_one_device_a_spanning_model_is_whole(name: str) -> None:
+    made = family_trace("zipf:0.9", requests=800, models=20, seed=4)
+    machine = Machine(budgets=(int(0.5 * made.footprint_bytes()),))
+    split = spanning(made, dict.fromkeys(range(20), 4))
+    assert same(replay(made, machine, name), replay(split, machine, name))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nobody_is_lost_when_spanning_models_meet_faults(seed: int) -> None:
+    made = family_trace("zipf:0.6", requests=1500, models=24, seed=seed)
+    trace = spanning(made, {i: 1 + i % 3 for i in range(24)})
+    budget = int(0.15 * trace.footprint_bytes()) + max(m.size_bytes for m in trace.models)
+    machine = Machine(budgets=(budget,) * 3, slots=2, deadline_s=40.0)
+    disturbances = Disturbances(
+        seed=seed, load_spread=5, fail_every=3, cancel_share=0.2, audit_every=100
+    )
+    outcome = replay_timed(trace, machine, "ensemble", disturbances)
+    assert outcome.cancelled_count > 0
+    check_outcome(outcome)
+
+
+def test_a_spanning_model_must_fit_on_as_many_devices() -> None:
+    trace = spanning(small_trace([0], sizes=[20]), {0: 2})
+    trace.check_fits((10, 10, 3))
+    with pytest.raises(TraceError, match=r"takes 10B of each of 2 devices, and fewer .* above 9B"):
+        trace.check_fits((30, 9))
+    with pytest.raises(TraceError, match="of 20B is larger than the largest budget, 19B"):
+        trace.check_fits((19,))
 
 
 # --- Machines

@@ -25,6 +25,7 @@ CODES = {
     "INVALID_TENSOR": Code.INVALID_ARGUMENT,
     "KEY_NOT_FOUND": Code.NOT_FOUND,
     "MODEL_NOT_FOUND": Code.NOT_FOUND,
+    "ROUTE_NOT_FOUND": Code.NOT_FOUND,
     "DEVICE_NOT_FOUND": Code.NOT_FOUND,
     "ALREADY_EXISTS": Code.ALREADY_EXISTS,
     "ETAG_MISMATCH": Code.ABORTED,
@@ -36,6 +37,7 @@ CODES = {
     "LOAD_FAILED": Code.FAILED_PRECONDITION,
     "MODEL_FAILED": Code.INTERNAL,
     "DEADLINE_IN_QUEUE": Code.DEADLINE_EXCEEDED,
+    "DEADLINE_UNREACHABLE": Code.RESOURCE_EXHAUSTED,
     "DEADLINE_IN_LOAD": Code.DEADLINE_EXCEEDED,
     "DEADLINE_IN_RUN": Code.DEADLINE_EXCEEDED,
     "SERVER_DRAINING": Code.UNAVAILABLE,
@@ -99,7 +101,9 @@ def test_error_info_always_and_retry_info_exactly_when_a_retry_can_help(
         assert details["RetryInfo"].retry_delay.ToMilliseconds() == 250
         assert reply.text.endswith("; retry_after_ms=250")
         assert info.metadata["retry_after_ms"] == "250"
-        assert reply.pushback_ms == 250
+        # Within the deadline that is out of reach no attempt could fare better.
+        too_late = reason is Reason.DEADLINE_UNREACHABLE
+        assert reply.pushback_ms == (-1 if too_late else 250)
 
 
 @pytest.mark.parametrize("retry_after_s", [0.0, 1e-9, 0.0004])

@@ -14,6 +14,7 @@ from tests.support.toy_engine import PATIENCE_S, Toy, ToyRuntime, spec_of, toy_d
 
 from modelyard_server.execution.batcher import BatchLimits
 from modelyard_server.execution.engine import ModelFailed, RunOutcome, Work
+from modelyard_server.execution.figures import LaneFigures
 from modelyard_server.execution.thread_engine import ThreadEngine
 from modelyard_server.runtimes.api import JsonValue, Prepared
 from modelyard_server.runtimes.targets import Target
@@ -85,11 +86,20 @@ def text_of(*texts: str) -> TensorValue:
 class Asked:
     """A request and what became of it."""
 
-    def __init__(self, engine: ThreadEngine, *texts: str, model: int = 1, client: str = "") -> None:
+    def __init__(
+        self,
+        engine: ThreadEngine,
+        *texts: str,
+        model: int = 1,
+        client: str = "",
+        waited_s: float = 0.0,
+    ) -> None:
         self.texts = texts
         self.outcomes: list[RunOutcome | None] = []
         self._done = asyncio.Event()
-        self.work: Work = engine.run(model, (text_of(*texts),), {}, self._on_done, lambda: client)
+        self.work: Work = engine.run(
+            model, (text_of(*texts),), {}, self._on_done, lambda: client, waited_s
+        )
 
     def _on_done(self, outcome: RunOutcome | None) -> None:
         self.outcomes.append(outcome)
@@ -316,6 +326,18 @@ async def test_clients_take_turns_where_not_all_fit(engine: ThreadEngine, batche
     ]
 
 
+async def test_who_has_waited_for_his_model_does_not_stand_in_line_again(
+    engine: ThreadEngine, batches: Batches
+) -> None:
+    await held_up(engine, batches)
+    hits = [Asked(engine, f"hit{i}") for i in range(3)]
+    cold = [Asked(engine, f"cold{i}", model=2, waited_s=3600.0) for i in range(2)]
+    batches.gate.set()
+    for each in (*hits, *cold):
+        await each.check()
+    assert batches.ran[1:] == [["cold0", "cold1"], ["hit0", "hit1", "hit2"]]
+
+
 async def test_a_client_is_not_asked_for_where_it_does_not_matter(engine: ThreadEngine) -> None:
     def client() -> str:
         raise AssertionError("it is asked for")
@@ -378,6 +400,61 @@ async def test_a_lane_counts_what_shared_its_runs(engine: ThreadEngine, batches:
     await alone.get()
     figures = engine.figures
     assert (figures.batch_count, figures.request_count, figures.row_count) == (2, 4, 5)
+    assert (figures.largest_request_count, figures.largest_row_count) == (3, 4)
+    assert (figures.alone_count, figures.unshared_count, figures.split_count) == (1, 1, 0)
+
+
+async def test_a_lane_counts_how_often_batches_are_cut(
+    engine: ThreadEngine, batches: Batches
+) -> None:
+    def fail(texts: list[str]) -> None:
+        if len(texts) > 2:
+            raise MemoryError
+
+    batches.fail = fail
+    await held_up(engine, batches)
+    asked = [Asked(engine, str(i)) for i in range(7)]
+    batches.gate.set()
+    for each in asked:
+        await each.check()
+    # 7 fail, then 4 and 3 of them: that is one batch, and three cuts.
+    assert (engine.figures.batch_count, engine.figures.split_count) == (2, 3)
+    batches.fail = lambda texts: None
+    await Asked(engine, "fine").check()
+    assert engine.figures.split_count == 3
+
+
+async def test_what_is_abandoned_before_it_runs_is_not_counted(
+    engine: ThreadEngine, batches: Batches
+) -> None:
+    await held_up(engine, batches)
+    asked = [Asked(engine, text) for text in ("a", "alone")]
+    for each in asked:
+        each.work.abandon()
+    batches.gate.set()
+    for each in asked:
+        assert await each.get() is None
+    assert (engine.figures.request_count, engine.figures.unshared_count) == (1, 0)
+
+
+async def test_what_is_no_request_is_not_counted() -> None:
+    runtime = ToyRuntime()
+    runtime.kind = type("BriefBatchToy", (BatchToy,), {"brief": True, "batches": Batches()})
+    told: list[tuple[int, int]] = []
+    brief = ThreadEngine(
+        devices=toy_devices("cpu"),
+        runtimes={"toy": runtime},
+        on_ran=lambda device, figures: told.append((device, figures.unshared_count)),
+    )
+    await brief.start(["toy"])  # Warms the lane up.
+    await brief.load(1, spec_of("a"), Target.whole(0))
+    assert brief.figures == LaneFigures()
+    outcomes: list[RunOutcome | None] = []
+    for _ in range(2):
+        brief.run(1, (text_of("a"),), {}, outcomes.append)
+    assert brief.figures == LaneFigures(unshared_count=2)
+    assert told == [(0, 1), (0, 2)]
+    assert await brief.stop(PATIENCE_S)
 
 
 async def test_a_stop_runs_what_waits(engine: ThreadEngine, batches: Batches) -> None:

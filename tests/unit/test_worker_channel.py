@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -13,7 +14,12 @@ import pytest
 from tests.support.worker_engine import files_open, maps_of_segments, until
 
 from modelyard_server.execution.workers.channel import Channel
-from modelyard_server.execution.workers.framing import MalformedMessage, frame_start
+from modelyard_server.execution.workers.framing import (
+    MARK,
+    FrameReader,
+    MalformedMessage,
+    frame_start,
+)
 from modelyard_server.execution.workers.memory_files import SealedFile
 from modelyard_server.runtimes.tensors import DType, TensorValue
 
@@ -70,6 +76,68 @@ async def test_messages_arrive_in_order_and_complete(ends: tuple[End, End]) -> N
     assert [header["n"] for header, _ in there.messages[::2]] == list(range(len(sent)))
     assert [tensors[0] for _, tensors in there.messages[::2]] == sent
     assert not any(tensors for _, tensors in there.messages[1::2])
+
+
+async def test_what_comes_before_noise_is_heard_and_the_place_of_the_noise_is_known(
+    ends: tuple[End, End], sockets: tuple[socket.socket, socket.socket]
+) -> None:
+    here, there = ends
+    here.channel.send({"n": 1}, (tensor(70_000),))
+    here.channel.send({"n": 2})
+    await here.channel.drain()
+    place = here.channel.mark()
+    assert place == here.channel.at_least() == here.channel.at_most()
+    # In one go with what can be understood, so that it is read together.
+    sockets[0].send(b"this is no frame; " * 10)
+    assert here.channel.mark() == place + len(MARK)
+    await until(lambda: bool(there.closed))
+    assert [header["n"] for header, _ in there.messages] == [1, 2]
+    assert there.closed == ["a frame does not begin like one"]
+    assert there.channel.place == place
+
+
+async def test_the_place_of_a_message_that_makes_no_sense_is_its_beginning(
+    ends: tuple[End, End],
+) -> None:
+    here, there = ends
+    here.channel.send({"n": 1})
+    await here.channel.drain()
+    place = here.channel.at_least()
+    here.channel.send({"op": "nonsense"})
+    here.channel.send({"n": 2})
+    await until(lambda: bool(there.closed))
+    assert [header["n"] for header, _ in there.messages] == [1]
+    assert there.channel.place == place
+
+
+async def test_marks_lie_between_messages_however_these_are_cut(
+    sockets: tuple[socket.socket, socket.socket],
+) -> None:
+    here, there = End(sockets[0]), sockets[1]
+    there.setblocking(False)
+    for number in range(100):
+        here.channel.send({"n": number}, (tensor(60_000),))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    # All the socket takes has left; it takes no more, and it may have stopped amid a message.
+    sent = here.channel.at_least()
+    assert here.channel.mark() is None
+    assert here.channel.at_least() == sent == here.channel.at_most()
+    reader = FrameReader()
+    numbers: list[int] = []
+    while len(numbers) < 100:
+        # In pieces of odd sizes, so that there is room for parts of messages.
+        for _ in range(7):
+            with contextlib.suppress(BlockingIOError):
+                numbers += [frame.header["n"] for frame in reader.feed(there.recv(12_345))]
+        here.channel.mark()
+        await asyncio.sleep(0)
+    assert numbers == list(range(100))
+    assert here.channel.mark() == here.channel.at_least()
+    assert not reader.feed(there.recv(12_345))
+    assert reader.place == here.channel.at_least()
+    here.channel.close()
+    assert here.channel.mark() is None
 
 
 async def test_far_more_than_the_socket_takes_leaves_in_the_end(ends: tuple[End, End]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelyard_server.execution.workers.framing import (
+    MARK,
     MAX_BODY_BYTES,
     MAX_DESCRIPTORS,
     MAX_HEADER_BYTES,
@@ -93,6 +94,7 @@ def prefix(header_bytes: int, body_bytes: int, descriptors: int) -> bytes:
         prefix(2, 2**64 - 1, 0),
         prefix(2, 0, MAX_DESCRIPTORS + 1),
         b"myw2" + prefix(2, 0, 0)[4:],
+        MARK[:-1] + b"\1",
         prefix(0, 0, 0),
         prefix(2, 0, 0) + b"[]",
         prefix(2, 0, 0) + b"\xff\xff",
@@ -104,6 +106,40 @@ def prefix(header_bytes: int, body_bytes: int, descriptors: int) -> bytes:
 def test_lengths_and_headers_that_cannot_be_are_refused_at_once(start: bytes) -> None:
     with pytest.raises(MalformedMessage):
         FrameReader().feed(start)
+
+
+@given(MESSAGES, st.lists(st.integers(0, 10**6), max_size=5), st.data())
+def test_marks_say_nothing_and_count(
+    messages: list[tuple[dict[str, Any], bytes]], at: list[int], data: st.DataObject
+) -> None:
+    stream, places = b"", []
+    for message in messages:
+        stream += MARK * data.draw(st.integers(0, 2))
+        places.append(len(stream))
+        stream += stream_of([message])
+    stream += MARK
+    reader = FrameReader()
+    frames = [frame for piece in cut(stream, at) for frame in reader.feed(piece)]
+    assert [(frame.header, bytes(frame.body)) for frame in frames] == messages
+    assert [frame.begins for frame in frames] == places
+    assert reader.place == len(stream)
+
+
+@given(MESSAGES.filter(bool), st.lists(st.integers(0, 10**6), max_size=5))
+def test_what_comes_before_noise_is_heard_and_the_place_of_the_noise_is_known(
+    messages: list[tuple[dict[str, Any], bytes]], at: list[int]
+) -> None:
+    good = stream_of(messages) + MARK
+    reader = FrameReader()
+    frames: list[Frame] = []
+    with pytest.raises(MalformedMessage, match="does not begin like one"):
+        for piece in cut(good + b"this is no frame; " * 10, at):
+            frames += reader.feed(piece)
+        reader.check()
+    assert [(frame.header, bytes(frame.body)) for frame in frames] == messages
+    assert reader.place == len(good)
+    with pytest.raises(MalformedMessage):
+        reader.feed(stream_of(messages))
 
 
 def test_the_largest_lengths_are_waited_for_and_nothing_is_kept_for_them() -> None:

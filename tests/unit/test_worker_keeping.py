@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from tests.support.worker_engine import files_open, maps_of_segments, until
 
+from modelyard_server.execution.figures import MOST_FIGURE, LaneFigures
 from modelyard_server.execution.workers.board import Board, BoardWriter
 from modelyard_server.execution.workers.keeper import Keeper, NoWorker
 from modelyard_server.execution.workers.settings import RuntimeSource, WorkerSettings
@@ -206,6 +208,154 @@ def test_a_batch_that_the_board_has_no_room_for_is_shown_in_part() -> None:
     assert shown == frozenset(range(1, len(shown) + 1))
     writer.end_batch(batch)
     assert board.running() == frozenset()
+    board.close()
+
+
+class FakeStream:
+    """A stream that is as far as the test says."""
+
+    def __init__(self) -> None:
+        self.place = 10
+        self.marks = 0
+        self.is_full = False
+        self.is_sending = False
+
+    def at_least(self) -> int:
+        """It."""
+        return self.place
+
+    def at_most(self) -> int:
+        """It, or anything."""
+        return 10**9 if self.is_sending else self.place
+
+    def mark(self) -> int | None:
+        """Moves it by 20."""
+        if self.is_full:
+            return None
+        self.marks += 1
+        self.place += 20
+        return self.place
+
+
+@pytest.fixture
+def written() -> Iterator[tuple[Board, BoardWriter, FakeStream]]:
+    board, stream = Board(), FakeStream()
+    writer = BoardWriter(os.dup(board.file.fileno()))
+    writer.follow(stream)
+    yield board, writer, stream
+    board.close()
+
+
+Written = tuple[Board, BoardWriter, FakeStream]
+
+
+def test_the_board_tells_who_had_begun_when_something_was_written(written: Written) -> None:
+    board, writer, stream = written
+    assert board.begun_by(10) == frozenset()
+    writer.end(writer.begin(1, owner=7))
+    # Nothing has been sent since that ended: a mark tells the two apart.
+    writer.end(writer.begin(2, owner=8))
+    assert stream.marks == 1
+    stream.place = 100
+    # The answer has left: that tells them apart as well.
+    writer.begin(3, owner=9)
+    assert stream.marks == 1
+    assert board.begun_by(9) == frozenset()
+    assert [board.begun_by(place) for place in (10, 29)] == [{1}, {1}]
+    assert [board.begun_by(place) for place in (30, 99)] == [{2}, {2}]
+    assert board.begun_by(100) == {3}
+
+
+def test_what_was_being_sent_when_a_call_ended_does_not_tell_it_from_the_next(
+    written: Written,
+) -> None:
+    board, writer, stream = written
+    before = writer.begin(1, owner=7)
+    stream.is_sending = True
+    writer.end(before)
+    stream.is_sending = False
+    stream.place = 50
+    writer.begin(2, owner=8)
+    assert stream.marks == 1
+    assert [board.begun_by(place) for place in (69, 70)] == [{1}, {2}]
+
+
+def test_who_cannot_be_told_apart_is_named_together(written: Written) -> None:
+    board, writer, stream = written
+    stream.is_full = True
+    writer.end(writer.begin(1, owner=7))
+    writer.end(writer.begin(2, owner=8))
+    assert board.begun_by(10) == {1, 2}
+    stream.is_full = False
+    writer.end(writer.begin(3, owner=9))
+    # Calls of one model: no marks for those.
+    writer.end(writer.begin(4, owner=9))
+    stream.place = 50
+    batch = writer.begin_batch([5, 6], owner=9)
+    assert stream.marks == 1
+    assert [board.begun_by(place) for place in (29, 30, 49)] == [{1, 2}, {3, 4}, {3, 4}]
+    assert board.begun_by(50) == {3, 4, 5, 6}
+    writer.end_batch(batch)
+    writer.begin(7, owner=10)
+    assert board.begun_by(50) == {3, 4, 5, 6}
+    assert board.begun_by(70) == {7}
+
+
+def test_each_thread_has_somebody_who_may_have_written_it(written: Written) -> None:
+    board, writer, stream = written
+    writer.begin(1, owner=7)
+
+    def elsewhere() -> None:
+        writer.begin(2, owner=8)
+        stream.place = 50
+        writer.begin(3, owner=9)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert board.begun_by(10) == {1, 2}
+    assert board.begun_by(50) == {1, 3}
+
+
+def test_of_what_a_thread_began_the_last_is_remembered(written: Written) -> None:
+    board, writer, stream = written
+    for call in range(1, 1001):
+        writer.end(writer.begin(call, owner=call))
+        stream.place += 100
+    for call in range(800, 1001):
+        assert board.begun_by(10 + 100 * (call - 1)) == {call}
+    # Nobody is named for what was written long ago, rather than somebody who was not there.
+    assert board.begun_by(10) == frozenset()
+    batch = writer.begin_batch(range(2000, 3000), owner=2000)
+    named = board.begun_by(stream.place)
+    assert 250 < len(named) < 260
+    assert named < frozenset(range(2000, 3000))
+    writer.end_batch(batch)
+
+
+def test_the_board_adds_up_what_its_lanes_have_run() -> None:
+    board = Board()
+    writer = BoardWriter(os.dup(board.file.fileno()))
+    assert board.figures() == LaneFigures()
+    writer.begin(3)
+    for lane, figures in (
+        (0, LaneFigures(batch_count=1, largest_row_count=9)),
+        (15, LaneFigures(batch_count=5, largest_row_count=4)),
+        (0, LaneFigures(batch_count=2, largest_row_count=9)),
+        (16, LaneFigures(batch_count=1000)),  # No device has this place.
+    ):
+        writer.write_figures(lane, figures)
+    assert board.figures() == LaneFigures(batch_count=7, largest_row_count=9)
+    assert board.running() == {3}
+    board.close()
+
+
+def test_figures_that_no_message_can_carry_are_not_believed() -> None:
+    board = Board()
+    writer = BoardWriter(os.dup(board.file.fileno()))
+    for lane in range(16):
+        writer.write_figures(lane, LaneFigures(row_count=2**64 - 1))
+    assert board.figures() == LaneFigures(row_count=MOST_FIGURE)
     board.close()
 
 
