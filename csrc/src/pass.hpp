@@ -30,6 +30,7 @@ struct Yard::Pass {
     return all;
   }
 
+  // What is asked of a device; 0 where there is only one.
   [[nodiscard]] double demand_on(DeviceIndex device) const {
     return device == kNoDevice || demands.empty() ? 0 : demands[position(device)];
   }
