@@ -272,6 +272,14 @@ void register_yard(py::module_& module) {
           },
           py::arg("ticket"), py::arg("now_ns"))
       .def(
+          "set_aside",
+          [](Yard& yard, std::int64_t lease) {
+            if (Status done = yard.set_aside(static_cast<LeaseId>(lease)); !done) {
+              raise(done.error());
+            }
+          },
+          py::arg("lease"))
+      .def(
           "release",
           [](Yard& yard, std::int64_t lease, std::int64_t now) {
             return actions_of([&](Actions& out) {

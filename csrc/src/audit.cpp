@@ -108,7 +108,7 @@ Status Yard::audit() const {
     }
     ++leases[lease->entry];
     const DeviceIndex home = entries_.at(lease->entry)->home;
-    if (home != kNoDevice) ++given[position(home)];
+    if (home != kNoDevice && !lease->aside) ++given[position(home)];
   }
   for (std::size_t i = 0; i < given.size(); ++i) {
     if (paces_[i].given() != given[i]) {

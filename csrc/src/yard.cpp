@@ -461,14 +461,25 @@ Status Yard::cancel(TicketId ticket, Tick now, Actions& out) {
   return Done{};
 }
 
+Status Yard::set_aside(LeaseId lease) {
+  Lease* held = leases_.find(lease);
+  if (held == nullptr) return stale("the lease");
+  if (held->aside) return Done{};
+  held->aside = true;
+  const Entry& entry = entry_at(held->entry);
+  if (entry.home != kNoDevice) paces_[position(entry.home)].set_aside();
+  return Done{};
+}
+
 Status Yard::release(LeaseId lease, Tick now, Actions& out) {
   const Lease* held = leases_.find(lease);
   if (held == nullptr) return stale("the lease");
   const EntryIndex index = held->entry;
+  const bool counts = !held->aside;
   Entry& entry = entry_at(index);
   now_ = std::max(now_, now);
   leases_.erase(lease);
-  if (entry.home != kNoDevice) paces_[position(entry.home)].end(now_);
+  if (counts && entry.home != kNoDevice) paces_[position(entry.home)].end(now_);
   if (--entry.lease_count == 0) {
     entry.used += now_ - entry.used_since;
   } else if (!pressed_) {

@@ -137,8 +137,60 @@ TEST(Experts, GdsfFollowsItsFormula) {
   }
 }
 
+// One in a hundred of how wrong a due time was, as a part of its gap and at most 1, goes into what
+// the next due times may be wrong by.
+TEST(Experts, DueFollowsItsFormula) {
+  for (std::uint32_t seed = 1; seed <= 5; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    std::mt19937 random(seed);
+    Course course("due");
+    struct Expected {
+      double due{0}, spread{1}, gap{0};
+    };
+    std::map<EntryIndex, Expected> expected;
+    double irregularity = 0.6;
+    double before = 0;
+    for (int i = 0; i < 1000; ++i) {
+      const auto entry =
+          static_cast<EntryIndex>(std::min(random() % kEntries, random() % kEntries));
+      course.clock += random() % 50 == 0 ? 1 + random() % 200'000 : 1;
+      const auto clock = static_cast<double>(course.clock);
+      if (random() % 20 == 0) {
+        course.add(entry);
+        expected[entry] = {.due = before};
+      } else if (random() % 20 == 0) {
+        course.replace(entry, (entry + 1) % kEntries);
+        expected[entry] = expected[(entry + 1) % kEntries];
+      }
+      course.request(entry);
+      before = clock;
+      Expected& own = expected[entry];
+      if (own.gap > 0) {
+        irregularity =
+            0.99 * irregularity + 0.01 * std::min(1.0, std::abs(clock - own.due) / own.gap);
+      }
+      const std::vector<RequestClock>& times = course.slow.times(entry);
+      if (times.size() > 1) {
+        const std::size_t gaps = std::min<std::size_t>(4, times.size() - 1);
+        own.gap = static_cast<double>(times.back() - times[times.size() - 1 - gaps]) /
+                  static_cast<double>(gaps);
+        own.due = clock + own.gap;
+        own.spread = std::max(1.0, irregularity * own.gap);
+      }
+      const RequestClock later = course.clock + random() % 3000;
+      for (EntryIndex each = 0; each < kEntries; ++each) {
+        const double worth =
+            per_weight(each) /
+            (expected[each].spread + std::abs(static_cast<double>(later) - expected[each].due));
+        EXPECT_NEAR(course.expert->score(course.history, candidate(each), later), worth,
+                    1e-9 * worth);
+      }
+    }
+  }
+}
+
 TEST(Experts, ACurveOrdersModelsAsTheScoreDoes) {
-  for (const std::string_view name : {"lru", "gap", "mix", "decay", "gdsf"}) {
+  for (const std::string_view name : {"lru", "gap", "mix", "decay", "gdsf", "due"}) {
     std::mt19937 random(11);
     Course course(name);
     int compared = 0;
@@ -147,7 +199,8 @@ TEST(Experts, ACurveOrdersModelsAsTheScoreDoes) {
       const RequestClock later = course.clock + random() % 3000;
       const auto worth = [&](EntryIndex entry) {
         const Curve curve = course.expert->curve(course.history, entry, seconds_of(entry));
-        const double late = std::max(0.0, static_cast<double>(later) - curve.late_after);
+        const double since = static_cast<double>(later) - curve.late_after;
+        const double late = course.expert->rises() ? std::abs(since) : std::max(0.0, since);
         return curve.top / (curve.span + late) /
                std::pow(weight_of(entry), course.expert->weight_power());
       };
@@ -162,6 +215,77 @@ TEST(Experts, ACurveOrdersModelsAsTheScoreDoes) {
       }
     }
     EXPECT_GT(compared, 1000) << name;
+  }
+}
+
+// --- Due
+
+// An expert for models of one size and cost, and its history.
+struct DueCourse {
+  explicit DueCourse(EntryIndex models) {
+    for (EntryIndex entry = 0; entry < models; ++entry) add(entry);
+  }
+  void add(EntryIndex entry) {
+    history.add(entry);
+    expert->on_add(entry);
+  }
+  void ask(EntryIndex entry) {
+    history.request(entry, ++clock);
+    expert->on_request(history, {entry, 0.1, 1}, clock);
+  }
+  [[nodiscard]] double score(EntryIndex entry, double seconds = 1) const {
+    return expert->score(history, {entry, 0.1, seconds}, clock);
+  }
+
+  std::unique_ptr<Expert> expert{make_expert("due")};
+  History history;
+  RequestClock clock{0};
+};
+
+TEST(Due, OnACircleWhoIsNeededLastGoesFirst) {
+  constexpr EntryIndex kModels = 12;
+  DueCourse course(kModels);
+  for (EntryIndex i = 0; i < 60 * kModels; ++i) course.ask(i % kModels);
+  // The next one is 0, the one that has just been there comes last.
+  for (EntryIndex entry = 1; entry < kModels; ++entry) {
+    EXPECT_GT(course.score(entry - 1), course.score(entry)) << entry;
+  }
+  EXPECT_GT(course.score(0), 3 * course.score(kModels - 1)) << "and by much";
+}
+
+TEST(Due, WhereNothingIsRegularWaitingCountsForLittle) {
+  std::mt19937 random(8);
+  DueCourse course(12);
+  for (int i = 0; i < 3000; ++i) course.ask(static_cast<EntryIndex>(random() % 12));
+  // The same model at different moments of a wait, until its mean gap is over.
+  course.ask(3);
+  const auto gap = static_cast<RequestClock>(course.history.mean_gap(3));
+  ASSERT_GT(gap, 2U);
+  const double at_once = course.score(3);
+  const double when_due = course.expert->score(course.history, {3, 0.1, 1}, course.clock + gap);
+  EXPECT_GT(when_due, at_once);
+  EXPECT_LT(when_due, 4 * at_once) << "on a circle it is as many times as much as the gap is long";
+}
+
+TEST(Due, AmongThoseAskedForOnceTheCostDecides) {
+  DueCourse course(20);
+  for (EntryIndex entry = 0; entry < 20; ++entry) course.ask(entry);
+  EXPECT_EQ(course.score(0), course.score(19)) << "not who came last";
+  EXPECT_LT(course.score(19, 1), course.score(0, 1.1));
+  // Who was added later has been known for less long.
+  course.add(20);
+  course.ask(20);
+  EXPECT_GT(course.score(20), course.score(19));
+}
+
+TEST(Due, WhoDoesNotComeBackLosesItsWorth) {
+  DueCourse course(2);
+  for (int i = 0; i < 10; ++i) course.ask(0);
+  double before = course.score(0);
+  for (int i = 0; i < 5; ++i) {
+    for (int k = 0; k < 10; ++k) course.ask(1);
+    EXPECT_LT(course.score(0), before);
+    before = course.score(0);
   }
 }
 

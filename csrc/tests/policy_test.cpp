@@ -42,7 +42,7 @@ TEST(Policies, TheEnsembleIsTheDefaultAndItsExpertsAreThere) {
   ASSERT_FALSE(names.empty());
   EXPECT_EQ(names[0], "ensemble");
   for (const std::string_view name :
-       {"learned", "next-use", "gap", "mix", "decay", "gdsf", "lru"}) {
+       {"learned", "next-use", "due", "gap", "mix", "decay", "gdsf", "lru"}) {
     EXPECT_NE(std::find(names.begin(), names.end(), name), names.end()) << name;
   }
 }
@@ -63,7 +63,9 @@ std::vector<std::string> all_policies() {
 }
 
 // What one model does tells such a policy what to expect of the others.
-bool learns(const Policy& policy) { return policy.leader() == "next-use"; }
+bool learns(const Policy& policy) {
+  return policy.leader() == "next-use" || policy.leader() == "due";
+}
 
 // The written contract, for every policy there is.
 class EveryPolicy : public ::testing::TestWithParam<std::string> {

@@ -296,6 +296,27 @@ TEST_F(Pressure, NobodyLeavesForAModelThatWouldOnlyStandInLine) {
   EXPECT_EQ(h.count("unload idle"), 1U);
 }
 
+TEST_F(Pressure, WhatIsSetAsideIsNoWorkOfItsDeviceAndNoMeasureOfItsPace) {
+  const LeaseId lasts = h.try_acquire(work).lease.value();
+  const double with = h.yard().work_seconds(device(0));
+  ASSERT_TRUE(h.raw().set_aside(lasts));
+  ASSERT_TRUE(h.raw().set_aside(lasts)) << "a second time changes nothing";
+  EXPECT_NEAR(with - h.yard().work_seconds(device(0)), h.yard().work_seconds(device(0)) / 10, 1e-9);
+  EXPECT_NEAR(h.yard().backlog_seconds(device(0)), 10, 0.5);
+  while (!given.empty()) {
+    h.pass(seconds{1});
+    end_one();
+  }
+  EXPECT_EQ(h.yard().expected_wait_seconds(work), 0) << "nobody would have to wait";
+  EXPECT_EQ(h.yard().leases_of(work).size(), 1U);
+  // However long it lasts, the next ones are measured by themselves.
+  h.pass(seconds{60});
+  EXPECT_FALSE(h.release(lasts));
+  give(10);
+  EXPECT_NEAR(h.yard().backlog_seconds(device(0)), 10, 0.5);
+  EXPECT_FALSE(h.raw().set_aside(lasts)) << "it is not there any more";
+}
+
 TEST_F(Pressure, WhatComesLaterDoesNotHoldItBack) {
   h.request(cold);
   for (int i = 0; i < 9; ++i) {

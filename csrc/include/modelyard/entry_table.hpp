@@ -55,6 +55,7 @@ struct Ticket {
 /// One request's right that a resident model stays.
 struct Lease {
   EntryIndex entry{0};
+  bool aside{false};  // It is none of the requests that its device ends one after the other.
 };
 
 /// Where the copy of a model's weights on the host tier stands.

@@ -32,6 +32,9 @@ class Pace {
     --given_;
   }
 
+  /// A request that was given to the device counts no more: it holds the device up for nobody.
+  void set_aside() { --given_; }
+
   /// Requests that it has and that have not ended.
   [[nodiscard]] std::uint32_t given() const { return given_; }
 

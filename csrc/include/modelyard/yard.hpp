@@ -265,6 +265,10 @@ class Yard {
   /// The request behind a ticket is gone. A load that has not begun is dropped with its last
   /// ticket; one that runs goes on.
   Status cancel(TicketId ticket, Tick now, Actions& out);
+  /// The request behind a lease is not one that others of its device wait behind: it lasts, and
+  /// leaves the device to them in between. Until it is released it keeps its model where it is, as
+  /// all do, and counts neither as work of the device nor as a measure of its pace.
+  Status set_aside(LeaseId lease);
   /// The request behind a lease has ended.
   Status release(LeaseId lease, Tick now, Actions& out);
 

@@ -14,6 +14,8 @@ namespace modelyard {
 ///
 ///   top / (span + max(0, now - late_after)) / weight ^ weight_power
 ///
+/// or, where the expert rises (Expert::rises), with |now - late_after|: highest at that moment.
+///
 /// It orders models as the expert's score does, and compares with curves of the same expert drawn
 /// while the history has the same base.
 struct Curve {
@@ -44,6 +46,8 @@ class Expert {
   [[nodiscard]] virtual Curve curve(const History&, EntryIndex, double /*reload_seconds*/) const {
     return {};
   }
+  /// True if its curves rise until late_after and fall from then on; else they only fall.
+  [[nodiscard]] virtual bool rises() const { return false; }
   /// To which power the weight divides the curve: 0, 1 or 2.
   [[nodiscard]] virtual int weight_power() const { return 0; }
   /// A slot starts anew, or, with `before`, with another's past.
@@ -67,12 +71,14 @@ class Expert {
 ///   gdsf      GreedyDual-Size-Frequency (Cherkasova 1998), with a count that decays over 2,000
 ///             requests and outlives evictions: L + cost / weight * count as of the last request,
 ///             where L is the worth of the last one that was made to leave
+///   due       cost / weight / (requests from when it is due, or since, and what that may be wrong
+///             by): see Due in expert.cpp
 ///   next-use  cost / weight / the requests until the next one, as learned: see NextUse
 [[nodiscard]] std::unique_ptr<Expert> make_expert(std::string_view name);
 
 /// In the order in which the ensembles have them: the first one leads at the beginning, the last
 /// one is only in the ensemble that learns.
-inline constexpr std::array<std::string_view, 6> kExperts{"lru", "mix",   "gdsf",
-                                                          "gap", "decay", "next-use"};
+inline constexpr std::array<std::string_view, 7> kExperts{"lru",   "mix", "gdsf",    "gap",
+                                                          "decay", "due", "next-use"};
 
 }  // namespace modelyard

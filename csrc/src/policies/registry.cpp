@@ -9,8 +9,8 @@
 namespace modelyard {
 
 std::span<const std::string_view> policy_names() {
-  static constexpr std::array<std::string_view, 8> kNames{"ensemble", "learned", "next-use", "gap",
-                                                          "mix",      "decay",   "gdsf",     "lru"};
+  static constexpr std::array<std::string_view, 9> kNames{
+      "ensemble", "learned", "next-use", "due", "gap", "mix", "decay", "gdsf", "lru"};
   return kNames;
 }
 

@@ -112,8 +112,15 @@ Charge Shadow::missing(const Charge& wanted, std::span<const Bytes> budgets) con
 void Shadow::value_members(const Footprints& footprints, const Charge& need, RequestClock now) {
   worths_.resize(members_.size());
   const auto time = static_cast<double>(now);
-  for (std::size_t i = 0; i < worths_.size(); ++i) {
-    worths_[i] = tops_[i] / (spans_[i] + std::max(0.0, time - late_after_[i]));
+  // A loop for each: without a branch inside they are done several members at a time.
+  if (expert_->rises()) {
+    for (std::size_t i = 0; i < worths_.size(); ++i) {
+      worths_[i] = tops_[i] / (spans_[i] + std::abs(time - late_after_[i]));
+    }
+  } else {
+    for (std::size_t i = 0; i < worths_.size(); ++i) {
+      worths_[i] = tops_[i] / (spans_[i] + std::max(0.0, time - late_after_[i]));
+    }
   }
   if (footprints.budgets().size() == 1) return;
   for (std::size_t i = 0; i < worths_.size(); ++i) {
