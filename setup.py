@@ -20,6 +20,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 PROTO_ROOT = ROOT / "proto"
 STUB_ROOT = ROOT / "client" / "python"
+# What stubs are made of. The protocol under proto/inference is not ours: a program may have stubs
+# of it from elsewhere, and two of them in one process clash. The server has its descriptors in a
+# file.
+STUB_PROTOS = PROTO_ROOT / "modelyard"
+FOREIGN_PROTOS = PROTO_ROOT / "inference"
+SERVER_ROOT = ROOT / "server"
+FOREIGN_DESCRIPTORS = Path("modelyard_server") / "services" / "oip" / "inference.binpb"
 STUB_SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 
@@ -77,8 +84,8 @@ class BuildProtos(Command):
 
         out = STUB_ROOT if self.editable_mode or self.inplace else self._build_lib()
         out.mkdir(parents=True, exist_ok=True)
-        wanted = {out / path for path in self._outputs()}
-        for top in {proto.parts[0] for proto in self._protos()}:
+        wanted = {out / path for path in self._stubs()}
+        for top in {proto.parts[0] for proto in _protos(STUB_PROTOS)}:
             for stub in (out / top).rglob("*_pb2*"):
                 if stub.name.endswith(STUB_SUFFIXES) and stub not in wanted:
                     stub.unlink()
@@ -96,34 +103,52 @@ class BuildProtos(Command):
             f"--mypy_out={out}",
             f"--grpc_python_out={out}",
             f"--mypy_grpc_out={out}",
-            *map(str, self._protos()),
+            *map(str, _protos(STUB_PROTOS)),
         ]
-        if protoc.main(arguments) != 0:
+        descriptors = self._descriptors()
+        descriptors.parent.mkdir(parents=True, exist_ok=True)
+        foreign = [
+            "protoc",
+            f"-I{PROTO_ROOT}",
+            f"--descriptor_set_out={descriptors}",
+            "--include_imports",
+            *map(str, _protos(FOREIGN_PROTOS)),
+        ]
+        if protoc.main(arguments) != 0 or protoc.main(foreign) != 0:
             raise SystemExit("protoc failed: its messages above name the file and line in proto/")
 
     def get_outputs(self) -> list[str]:
-        """Lists the stubs where a regular build puts them."""
-        return [str(self._build_lib() / path) for path in self._outputs()]
+        """Lists the stubs and descriptors where a regular build puts them."""
+        return [str(self._build_lib() / path) for path in (*self._stubs(), FOREIGN_DESCRIPTORS)]
 
     def get_output_mapping(self) -> dict[str, str]:
         """Maps each output of an editable build to the file beside the sources it stands for."""
         if not self.editable_mode:
             return {}
-        return {str(self._build_lib() / p): str(STUB_ROOT / p) for p in self._outputs()}
+        places = {path: STUB_ROOT / path for path in self._stubs()}
+        places[FOREIGN_DESCRIPTORS] = SERVER_ROOT / FOREIGN_DESCRIPTORS
+        return {str(self._build_lib() / path): str(place) for path, place in places.items()}
 
     def get_source_files(self) -> list[str]:
         """Lists the .proto files, relative to the root, for the sdist."""
-        return [str(Path("proto") / path) for path in self._protos()]
+        return [str(Path("proto") / path) for path in _protos(PROTO_ROOT)]
 
     def _build_lib(self) -> Path:
         assert self.build_lib is not None, "finalize_options comes first"
         return Path(self.build_lib)
 
-    def _protos(self) -> list[Path]:
-        return sorted(path.relative_to(PROTO_ROOT) for path in PROTO_ROOT.rglob("*.proto"))
+    def _descriptors(self) -> Path:
+        beside_sources = self.editable_mode or self.inplace
+        return (SERVER_ROOT if beside_sources else self._build_lib()) / FOREIGN_DESCRIPTORS
 
-    def _outputs(self) -> list[Path]:
-        return [p.with_name(p.stem + suffix) for p in self._protos() for suffix in STUB_SUFFIXES]
+    def _stubs(self) -> list[Path]:
+        protos = _protos(STUB_PROTOS)
+        return [p.with_name(p.stem + suffix) for p in protos for suffix in STUB_SUFFIXES]
+
+
+def _protos(folder: Path) -> list[Path]:
+    """The .proto files below a folder, relative to where imports are."""
+    return sorted(path.relative_to(PROTO_ROOT) for path in folder.rglob("*.proto"))
 
 
 class CMakeBuildExt(build_ext):

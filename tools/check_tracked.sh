@@ -10,7 +10,7 @@ report() {
   failed=1
 }
 
-files="$(git ls-files | grep -E '_pb2(_grpc)?\.pyi?$|\.(so|dylib|pyd|o|a|pyc|whl|safetensors|pt|pth|ckpt|bin|onnx|gguf|db|sqlite3?)$' || true)"
+files="$(git ls-files | grep -E '_pb2(_grpc)?\.pyi?$|\.(so|dylib|pyd|o|a|pyc|whl|safetensors|pt|pth|ckpt|bin|binpb|onnx|gguf|db|sqlite3?)$' || true)"
 [ -z "$files" ] || report "tracked, but generated, built or downloaded:" "$files"
 
 # Where packages come from is each machine's own setting. The bracketed letters keep this file from
