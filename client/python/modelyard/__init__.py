@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         ServerDraining,
         ServerError,
         ServerUnavailable,
+        StreamBroken,
         Violation,
         WorkerLost,
     )
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
         ResidencyChange,
         WatchPosition,
     )
+    from modelyard.generation import AsyncGeneration, FinishReason, Generation, GenerationPiece
     from modelyard.placements import AutomaticPlacement, PlacementStrategy, read_placement
     from modelyard.plans import (
         DeviceForecast,
@@ -103,8 +105,27 @@ if TYPE_CHECKING:
         ResidencyState,
         ServerInfo,
         ServerStats,
+        ShadowFigures,
+    )
+    from modelyard.route_targets import (
+        Branch,
+        Canary,
+        Combine,
+        EnsembleTarget,
+        FallbackTarget,
+        Member,
+        ModelTarget,
+        RouteTarget,
+        SequenceStep,
+        SequenceTarget,
+        ShadowTarget,
+        SplitTarget,
+        Transform,
+        Version,
+        VersionsTarget,
     )
     from modelyard.routes import KeyChange, Resolution, ResolvedStep, Route, RouteUpdated
+    from modelyard.streams import AsyncPredictStream, PredictStream
     from modelyard.tensors import Bfloat16, TensorError, from_tensor, to_tensor
     from modelyard.watch import EventWatch, RequestWatch, ResidencyWatch
 
@@ -116,13 +137,18 @@ __all__ = [
     "AlreadyExists",
     "AnswerTooLarge",
     "AsyncClient",
+    "AsyncGeneration",
+    "AsyncPredictStream",
     "AutomaticPlacement",
     "BatchFigures",
     "BatchItem",
     "Bfloat16",
+    "Branch",
     "BudgetExhausted",
+    "Canary",
     "CatalogUnavailable",
     "Client",
+    "Combine",
     "ComponentDevice",
     "ConfigOwned",
     "CopyState",
@@ -139,12 +165,17 @@ __all__ = [
     "DeviceType",
     "Displacement",
     "DrainedDevice",
+    "EnsembleTarget",
     "EtagMismatch",
     "Event",
     "EventType",
     "EventWatch",
     "Eviction",
     "Explanation",
+    "FallbackTarget",
+    "FinishReason",
+    "Generation",
+    "GenerationPiece",
     "HostTier",
     "InvalidRequest",
     "KeyChange",
@@ -152,6 +183,7 @@ __all__ = [
     "LoadFailed",
     "LoadFailure",
     "ManagedDevice",
+    "Member",
     "Model",
     "ModelFailed",
     "ModelForecast",
@@ -160,6 +192,7 @@ __all__ = [
     "ModelNotFound",
     "ModelOwner",
     "ModelPlacement",
+    "ModelTarget",
     "ModelyardError",
     "Move",
     "NotFound",
@@ -171,6 +204,7 @@ __all__ = [
     "PlanApplied",
     "PlanReport",
     "PreconditionFailed",
+    "PredictStream",
     "Prediction",
     "QueueFull",
     "Rebalanced",
@@ -188,15 +222,25 @@ __all__ = [
     "ResourceExhausted",
     "Route",
     "RouteNotFound",
+    "RouteTarget",
     "RouteUpdated",
+    "SequenceStep",
+    "SequenceTarget",
     "Served",
     "ServerDraining",
     "ServerError",
     "ServerInfo",
     "ServerStats",
     "ServerUnavailable",
+    "ShadowFigures",
+    "ShadowTarget",
+    "SplitTarget",
+    "StreamBroken",
     "TensorError",
+    "Transform",
     "Unset",
+    "Version",
+    "VersionsTarget",
     "Violation",
     "WatchPosition",
     "WorkerLost",
@@ -220,9 +264,11 @@ _EXPORTS: Final = (
         "DeadlineUnreachable DeviceNotFound EtagMismatch InvalidRequest KeyNotFound LoadFailed "
         "ModelFailed ModelInUse ModelNeverFits ModelNotFound ModelyardError NotFound "
         "PlacementInvalid PreconditionFailed QueueFull ResourceExhausted "
-        "RouteNotFound ServerDraining ServerError ServerUnavailable Violation WorkerLost",
+        "RouteNotFound ServerDraining ServerError ServerUnavailable StreamBroken Violation "
+        "WorkerLost",
     ),
     ("events", "Event EventType Eviction Explanation ResidencyChange WatchPosition"),
+    ("generation", "AsyncGeneration FinishReason Generation GenerationPiece"),
     ("placements", "AutomaticPlacement PlacementStrategy read_placement"),
     (
         "plans",
@@ -234,9 +280,16 @@ _EXPORTS: Final = (
     (
         "resources",
         "BatchFigures CopyState Departures DeviceCharge HostTier LoadFailure ManagedDevice Model "
-        "ModelOwner PlacedModel PlacedPart Regret Residency ResidencyState ServerInfo ServerStats",
+        "ModelOwner PlacedModel PlacedPart Regret Residency ResidencyState ServerInfo ServerStats "
+        "ShadowFigures",
+    ),
+    (
+        "route_targets",
+        "Branch Canary Combine EnsembleTarget FallbackTarget Member ModelTarget RouteTarget "
+        "SequenceStep SequenceTarget ShadowTarget SplitTarget Transform Version VersionsTarget",
     ),
     ("routes", "KeyChange Resolution ResolvedStep Route RouteUpdated"),
+    ("streams", "AsyncPredictStream PredictStream"),
     ("tensors", "Bfloat16 TensorError from_tensor to_tensor"),
     ("watch", "EventWatch RequestWatch ResidencyWatch"),
 )

@@ -29,6 +29,7 @@ from modelyard.resources import (
     ResidencyState,
     ServerInfo,
     ServerStats,
+    ShadowFigures,
 )
 from modelyard.v1 import admin_service_pb2, model_pb2, plan_pb2, residency_pb2
 
@@ -166,6 +167,15 @@ def server_stats_from(message: admin_service_pb2.GetStatsResponse) -> ServerStat
         regret=_regret_from(message.regret) if message.HasField("regret") else None,
         departures=_departures_from(message.departures) if message.HasField("departures") else None,
         batches=_batches_from(message.batches) if message.HasField("batches") else None,
+        shadows=_shadows_from(message.shadows) if message.HasField("shadows") else None,
+    )
+
+
+def _shadows_from(message: admin_service_pb2.ShadowFigures) -> ShadowFigures:
+    return ShadowFigures(
+        answered_count=message.answered_count,
+        failed_count=message.failed_count,
+        dropped_count=message.dropped_count,
     )
 
 

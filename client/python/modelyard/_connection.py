@@ -298,6 +298,23 @@ class AsyncConnection:
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, target=self.settings.target) from error
 
+    def open_stream(
+        self,
+        rpc: grpc.aio.UnaryStreamMultiCallable[_RequestT, _ResponseT],
+        request: _RequestT,
+        timeout_s: float | None,
+    ) -> grpc.aio.UnaryStreamCall[_RequestT, _ResponseT]:
+        """Begin a call that is answered with many messages; ``rpc`` is one of ``channel()``.
+
+        Raises:
+            ValueError, TypeError: ``timeout_s`` is no time, or the request is too large.
+        """
+        timeout_s = self.settings.call_timeout(timeout_s)
+        self.settings.check_size(request)
+        return rpc(
+            request, timeout=timeout_s, metadata=grpc.aio.Metadata(*self.settings.metadata())
+        )
+
     async def close(self) -> None:
         """Close the channel; calls under way are cancelled. Idempotent."""
         self._closed = True

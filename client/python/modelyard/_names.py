@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from modelyard.devices import Device
 
-__all__ = ["device_name", "device_text", "model_id", "model_name", "route_id", "route_name"]
+__all__ = [
+    "device_name",
+    "device_text",
+    "link_name",
+    "model_id",
+    "model_name",
+    "route_id",
+    "route_name",
+]
 
 
 def device_name(device: Device | str) -> str:
@@ -60,3 +68,14 @@ def route_id(route: str) -> str:
 def route_name(route: str) -> str:
     """Return the resource name of a route. Raises as ``route_id``."""
     return f"routes/{route_id(route)}"
+
+
+def link_name(target: str) -> str:
+    """Return the resource name of a model or route; a bare id is a model's.
+
+    Raises:
+        TypeError: no str.
+    """
+    if not isinstance(target, str):
+        raise TypeError(f"what a route leads to must be a str, got {type(target).__name__}")
+    return target if "/" in target else model_name(target)

@@ -18,18 +18,25 @@ __all__ = [
     "BatchItems",
     "Inputs",
     "batch_request",
+    "item_request",
     "predict_request",
     "prediction_from",
+    "result_from",
     "results_from",
     "seconds_from",
+    "served_from",
 ]
 
 BatchItems: TypeAlias = Iterable[BatchItem | tuple[str, Inputs]]
-"""What ``predict_batch`` takes."""
+"""What ``predict_batch`` and streams take."""
 
 
 def predict_request(
-    key: str, inputs: Inputs, parameters: Mapping[str, object] | None
+    key: str,
+    inputs: Inputs,
+    parameters: Mapping[str, object] | None,
+    affinity: str | None = None,
+    version: str | None = None,
 ) -> inference_service_pb2.PredictRequest:
     """Return the message of a prediction.
 
@@ -51,7 +58,17 @@ def predict_request(
     )
     if parameters is not None:
         request.parameters.CopyFrom(struct_from(parameters, "parameters"))
+    if affinity is not None:
+        request.affinity = _checked_text(affinity, "affinity")
+    if version is not None:
+        request.version = _checked_text(version, "version")
     return request
+
+
+def _checked_text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str or None, got {type(value).__name__}")
+    return value
 
 
 def prediction_from(response: inference_service_pb2.PredictResponse) -> Prediction:
@@ -65,19 +82,22 @@ def prediction_from(response: inference_service_pb2.PredictResponse) -> Predicti
         if tensor.name in outputs:
             raise TensorError(f"two outputs have the name {tensor.name!r}")
         outputs[tensor.name] = from_tensor(tensor)
-    served = response.served
-    return Prediction(
-        outputs,
-        Served(
-            model=served.model,
-            device=served.device,
-            cold=served.cold,
-            wait_s=seconds_from(served.wait_duration),
-            load_s=(
-                seconds_from(served.load_duration) if served.HasField("load_duration") else None
-            ),
-            run_s=seconds_from(served.run_duration),
-        ),
+    return Prediction(outputs, served_from(response.served))
+
+
+def served_from(served: inference_service_pb2.Served) -> Served:
+    """Return what an answer says of how it came about."""
+    return Served(
+        model=served.model,
+        device=served.device,
+        cold=served.cold,
+        wait_s=seconds_from(served.wait_duration),
+        load_s=seconds_from(served.load_duration) if served.HasField("load_duration") else None,
+        run_s=seconds_from(served.run_duration),
+        route=served.route,
+        branch=served.branch,
+        version=served.version,
+        steps=tuple(map(served_from, served.steps)),
     )
 
 
@@ -92,7 +112,7 @@ def batch_request(items: BatchItems) -> inference_service_pb2.PredictBatchReques
     request = inference_service_pb2.PredictBatchRequest()
     for position, item in enumerate(items):
         try:
-            request.items.append(_item_request(item))
+            request.items.append(item_request(item))
         except TypeError as error:
             raise TypeError(f"items[{position}]: {error}") from error
         except ValueError as error:
@@ -102,9 +122,14 @@ def batch_request(items: BatchItems) -> inference_service_pb2.PredictBatchReques
     return request
 
 
-def _item_request(item: object) -> inference_service_pb2.PredictRequest:
+def item_request(item: object) -> inference_service_pb2.PredictRequest:
+    """Return the message of an item.
+
+    Raises:
+        TypeError, ValueError: as ``predict_request``, or it is no item.
+    """
     if isinstance(item, BatchItem):
-        return predict_request(item.key, item.inputs, item.parameters)
+        return predict_request(item.key, item.inputs, item.parameters, item.affinity, item.version)
     if isinstance(item, tuple) and len(item) == 2:
         return predict_request(*item, None)
     raise TypeError(f"must be a BatchItem or (key, inputs), got {type(item).__name__}")
@@ -124,12 +149,13 @@ def results_from(
     """
     if len(response.results) != count:
         raise ValueError(f"{len(response.results)} results for {count} items")
-    return [_result_from(result) for result in response.results]
+    return [result_from(result) for result in response.results]
 
 
-def _result_from(
-    result: inference_service_pb2.PredictBatchResult,
+def result_from(
+    result: inference_service_pb2.PredictBatchResult | inference_service_pb2.PredictStreamResult,
 ) -> Prediction | ModelyardError:
+    """Return what became of one item. Raises ``ValueError`` as ``results_from``."""
     match result.WhichOneof("result"):
         case "response":
             return prediction_from(result.response)

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Final
 
 from modelyard._admin_messages import time_from
+from modelyard._target_messages import target_from
 from modelyard.resources import ModelOwner
 from modelyard.routes import KeyChange, Resolution, ResolvedStep, Route, RouteUpdated
 from modelyard.v1 import route_pb2, route_service_pb2
@@ -32,6 +33,8 @@ def route_from(message: route_pb2.Route) -> Route:
         etag=message.etag,
         owner=_OWNERS.get(message.owner, ModelOwner.UNKNOWN),
         warnings=tuple(message.warnings),
+        target=target_from(message),
+        prefixes=tuple(message.prefixes),
     )
 
 
@@ -48,11 +51,16 @@ def route_updated_from(response: route_service_pb2.UpdateRouteResponse) -> Route
     )
 
 
-def resolve_request(key: str) -> route_service_pb2.ResolveRouteRequest:
+def resolve_request(
+    key: str, affinity: str | None, version: str | None
+) -> route_service_pb2.ResolveRouteRequest:
     """Return the message that asks what a key means. Raises ``TypeError`` for no str."""
-    if not isinstance(key, str):
-        raise TypeError(f"key must be a str, got {type(key).__name__}")
-    return route_service_pb2.ResolveRouteRequest(key=key)
+    for name, text in (("key", key), ("affinity", affinity or ""), ("version", version or "")):
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a str, got {type(text).__name__}")
+    return route_service_pb2.ResolveRouteRequest(
+        key=key, affinity=affinity or "", version=version or ""
+    )
 
 
 def resolution_from(key: str, response: route_service_pb2.ResolveRouteResponse) -> Resolution:
@@ -61,7 +69,15 @@ def resolution_from(key: str, response: route_service_pb2.ResolveRouteResponse) 
         key=key,
         route=response.route or None,
         steps=tuple(
-            ResolvedStep(model=step.model, resident=step.resident, device=step.device or None)
+            ResolvedStep(
+                model=step.model,
+                resident=step.resident,
+                device=step.device or None,
+                branch=step.branch,
+                transform=step.transform or None,
+                conditional=step.conditional,
+                version=step.version or None,
+            )
             for step in response.steps
         ),
         explanation=response.explanation,

@@ -67,6 +67,7 @@ _BY_REASON: Final[Mapping[str, type[errors.ModelyardError]]] = MappingProxyType(
         "CATALOG_UNAVAILABLE": errors.CatalogUnavailable,
         "WORKER_LOST": errors.WorkerLost,
         "ANSWER_TOO_LARGE": errors.AnswerTooLarge,
+        "UNSUPPORTED": errors.ModelyardError,
     }
 )
 

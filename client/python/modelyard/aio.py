@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -15,6 +15,7 @@ from modelyard._connection import (
     AsyncConnection,
     ConnectionSettings,
 )
+from modelyard._generate_messages import generate_request, piece_from
 from modelyard._predict_messages import (
     BatchItems,
     Inputs,
@@ -26,8 +27,10 @@ from modelyard._predict_messages import (
 from modelyard._route_messages import resolution_from, resolve_request
 from modelyard._status import reading_answer
 from modelyard.errors import ModelyardError
+from modelyard.generation import AsyncGeneration
 from modelyard.prediction import Prediction
 from modelyard.routes import Resolution
+from modelyard.streams import DEFAULT_MAX_IN_FLIGHT, AsyncPredictStream
 from modelyard.v1.inference_service_pb2_grpc import InferenceServiceStub
 from modelyard.v1.route_service_pb2_grpc import RouteServiceStub
 
@@ -73,6 +76,8 @@ class AsyncClient:
         inputs: Inputs,
         *,
         parameters: Mapping[str, object] | None = None,
+        affinity: str | None = None,
+        version: str | None = None,
         timeout_s: float | None = None,
     ) -> Prediction:
         """Run the model that a key means and return its outputs, as ``Client.predict`` does.
@@ -86,7 +91,7 @@ class AsyncClient:
             ModelyardError: the server refused or failed.
             RuntimeError: the client is closed, or in use on another event loop.
         """
-        request = predict_request(key, inputs, parameters)
+        request = predict_request(key, inputs, parameters, affinity, version)
         # A stub is a handful of bound methods; the channel is what is worth keeping.
         stub = InferenceServiceStub(self._connection.channel())
         response = await self._connection.call(stub.Predict, request, timeout_s)
@@ -116,7 +121,71 @@ class AsyncClient:
         with reading_answer(self._connection.settings.target):
             return results_from(response, len(request.items))
 
-    async def resolve(self, key: str, *, timeout_s: float | None = None) -> Resolution:
+    def stream(
+        self, *, max_in_flight: int = DEFAULT_MAX_IN_FLIGHT, linger_s: float = 0.0
+    ) -> AsyncPredictStream:
+        """Open a stream of predictions, as ``Client.stream`` does.
+
+        ::
+
+            async with client.stream() as stream:
+                answers = await asyncio.gather(*(stream.predict("echo", x) for x in texts))
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or out of range.
+        """
+        return AsyncPredictStream(self._connection, max_in_flight=max_in_flight, linger_s=linger_s)
+
+    def generate(
+        self,
+        key: str,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        stop: str | Iterable[str] = (),
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        affinity: str | None = None,
+        version: str | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGeneration:
+        """Generate text that goes on from a prompt, as ``Client.generate`` does.
+
+        Not a coroutine: it begins the call and returns what ``async for`` reads. Cancelling the
+        task that reads cancels the call.
+
+        Raises:
+            TypeError: an argument of a type that cannot be sent.
+            ValueError: an argument that cannot be sent.
+            RuntimeError: the client is closed, or in use on another event loop, or none runs.
+        """
+        request = generate_request(
+            key,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            affinity=affinity,
+            version=version,
+        )
+        stub = InferenceServiceStub(self._connection.channel())
+        call = self._connection.open_stream(stub.Generate, request, timeout_s)
+        target = self._connection.settings.target
+        return AsyncGeneration(call, target=target, piece_from=piece_from)
+
+    async def resolve(
+        self,
+        key: str,
+        *,
+        affinity: str | None = None,
+        version: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Resolution:
         """Return what a request for a key would do now, as ``Client.resolve`` does.
 
         Raises:
@@ -125,7 +194,7 @@ class AsyncClient:
             TypeError: no str.
             RuntimeError: the client is closed, or in use on another event loop.
         """
-        request = resolve_request(key)
+        request = resolve_request(key, affinity, version)
         stub = RouteServiceStub(self._connection.channel())
         response = await self._connection.call(stub.ResolveRoute, request, timeout_s)
         return resolution_from(key, response)

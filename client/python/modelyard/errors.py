@@ -49,6 +49,7 @@ __all__ = [
     "ServerDraining",
     "ServerError",
     "ServerUnavailable",
+    "StreamBroken",
     "Violation",
     "WorkerLost",
 ]
@@ -304,6 +305,13 @@ class ServerDraining(ModelyardError):
 
 class ServerUnavailable(ModelyardError):
     """The server cannot be reached, or the connection broke."""
+
+
+class StreamBroken(ServerUnavailable):
+    """A stream ended before it had answered this item. Whether it was computed is not known.
+
+    Predictions are idempotent: it may be asked again, on another stream.
+    """
 
 
 class ServerError(ModelyardError):

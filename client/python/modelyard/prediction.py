@@ -22,16 +22,22 @@ class BatchItem:
         key: what to ask for.
         inputs: one value, or values by input name.
         parameters: parameters of this run.
+        affinity: what a route that has a choice goes by.
+        version: which version of what the key means.
     """
 
     key: str
     inputs: Inputs
     parameters: Mapping[str, object] | None = None
+    affinity: str | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
     """What served a request, and what the request waited for.
+
+    Of a request that ran several models this is of all together, and ``steps`` has each.
 
     Args:
         model: resource name of the model, ``models/{model}``.
@@ -41,6 +47,11 @@ class Served:
         wait_s: seconds from arrival until the model was there.
         load_s: the part of ``wait_s`` during which it was being loaded; None for a hit.
         run_s: seconds from then to the answer.
+        route: resource name of the route that led there; empty if the key is a model's own.
+        branch: the parts of routes that led there, for instance ``treatment``; empty if there was
+            no choice.
+        version: the version that was chosen; empty if there was none to choose.
+        steps: every model that ran for this answer, in the order they ended; empty if it was one.
     """
 
     model: str
@@ -49,6 +60,10 @@ class Served:
     wait_s: float
     load_s: float | None
     run_s: float
+    route: str = ""
+    branch: str = ""
+    version: str = ""
+    steps: tuple[Served, ...] = ()
 
 
 class Prediction(Mapping[str, TensorValue]):

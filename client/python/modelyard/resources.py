@@ -32,6 +32,7 @@ __all__ = [
     "ResidencyState",
     "ServerInfo",
     "ServerStats",
+    "ShadowFigures",
 ]
 
 
@@ -434,6 +435,21 @@ class BatchFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShadowFigures:
+    """What has become of requests that were to be tried by the shadows of routes.
+
+    Args:
+        answered_count: they were answered.
+        failed_count: they failed, or were refused.
+        dropped_count: their device was busy, or there was no free room for the model.
+    """
+
+    answered_count: int
+    failed_count: int
+    dropped_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStats:
     """What a server has done since it started.
 
@@ -458,6 +474,7 @@ class ServerStats:
             that is older than they are.
         departures: which models had to leave.
         batches: what was run, alone and together.
+        shadows: what has become of requests that were only tried.
     """
 
     answered_count: int
@@ -478,3 +495,4 @@ class ServerStats:
     regret: Regret | None = None
     departures: Departures | None = None
     batches: BatchFigures | None = None
+    shadows: ShadowFigures | None = None

@@ -6,24 +6,27 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from modelyard.resources import ModelOwner
+from modelyard.route_targets import RouteTarget
 
 __all__ = ["KeyChange", "Resolution", "ResolvedStep", "Route", "RouteUpdated"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """Keys that mean one model.
+    """What some keys mean.
 
     Args:
         name: resource name, ``routes/{route}``.
         keys: the keys, each once, in order.
-        model: resource name of the model that they mean; None where they mean something that this
-            version does not know.
+        model: resource name of the model that is all they mean; None where they mean something
+            else.
         created_at: when it was registered.
         updated_at: when it was last changed.
         etag: changes whenever the route changes.
         owner: who may change or delete it.
         warnings: what an operator should know and is no error.
+        target: what they mean; None for what this version does not know.
+        prefixes: beginnings of keys, each once, in order.
     """
 
     name: str
@@ -34,6 +37,8 @@ class Route:
     etag: str
     owner: ModelOwner
     warnings: tuple[str, ...] = ()
+    target: RouteTarget | None = None
+    prefixes: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -47,8 +52,9 @@ class KeyChange:
 
     Args:
         key: the key.
-        before: resource name of the model it meant; None: nothing.
-        after: resource name of the model it means; None: nothing.
+        before: resource name of the model it meant, or of the route where that meant no one model;
+            None: nothing.
+        after: the same for what it means now.
     """
 
     key: str
@@ -74,14 +80,23 @@ class ResolvedStep:
     """One thing that a request would do.
 
     Args:
-        model: resource name of the model it would run.
+        model: resource name of the model it would run; empty for a transformation.
         resident: True if the model is resident now.
         device: resource name of the device that would run it; None if it is not resident.
+        branch: the names of the parts of routes that lead to it, outermost first, with "/" between;
+            empty for a key that means a model.
+        transform: name of the transformation; None for a model.
+        conditional: True if not every request does it.
+        version: the version that was chosen on the way; None if none was.
     """
 
     model: str
     resident: bool
     device: str | None
+    branch: str = ""
+    transform: str | None = None
+    conditional: bool = False
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
