@@ -1,41 +1,51 @@
-"""The registered models and routes, by id and by key: the table that requests look at."""
+"""The registered models and routes, by id, key and prefix: the tables that requests look at."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from modelyard_server.catalog.model import Model
 from modelyard_server.catalog.route import Route, RouteTarget
 from modelyard_server.errors import Reason, Refusal, Resource
 from modelyard_server.routing.key_table import KeyChange, KeyMapping, KeyTable
+from modelyard_server.routing.prefix_table import PrefixTable
+from modelyard_server.routing.targets import Link, One, Target, links_of
 
 __all__ = ["Catalog"]
 
 
 class Catalog:
-    """Models and routes by id, and models by key.
+    """Models and routes by id, and what keys mean.
 
     Only what is in memory; the store keeps what is to last. Every change is one step between two
-    requests.
+    requests. For requests it is a RouteView.
 
-    Invariant: a key means one model; a model's id is one of its keys, and no key of a route. A
-    route's keys mean its model as long as there is that model, and nothing without. On the event
-    loop's thread only.
+    Invariants: a key means one thing; a model's id is one of its keys, and no key of a route. In
+    `keys` are the keys that one model is all the meaning of: its own, and those of routes of the
+    kind "model" as long as there is that model. A key that nothing has as it is belongs to the
+    route with the longest prefix of it. On the event loop's thread only.
     """
 
     def __init__(self) -> None:
         self._models: dict[str, Model] = {}
         self._routes: dict[str, Route] = {}
-        # Which keys are of which route.
+        # Which keys and prefixes are of which route.
         self._table: KeyTable[RouteTarget] = KeyTable()
-        # What requests look at: the keys of models and of routes.
+        self._prefixes: PrefixTable[RouteTarget] = PrefixTable()
+        # Which routes name a model or route in their targets.
+        self._leading: dict[Link, dict[str, None]] = {}
+        # What requests look at first: the keys that mean one model.
         self._keys: dict[str, Model] = {}
 
     @property
     def keys(self) -> Mapping[str, Model]:
-        """What each key means. A live view."""
+        """The model that each key means, of the keys that mean one. A live view."""
         return MappingProxyType(self._keys)
+
+    def names(self) -> set[str]:
+        """Every key that means something, or would if its model were there."""
+        return {*self._keys, *(key for route in self._routes.values() for key in route.keys)}
 
     # --- Models -------------------------------------------------------------------------------
 
@@ -98,14 +108,20 @@ class Catalog:
     # --- Routes -------------------------------------------------------------------------------
 
     def check_route_free(
-        self, route_id: str, keys: Iterable[str], *, but_for: Route | None = None
+        self,
+        route_id: str,
+        keys: Iterable[str],
+        prefixes: Iterable[str] = (),
+        *,
+        but_for: Route | None = None,
     ) -> None:
-        """Raises Refusal ALREADY_EXISTS if the id is taken by another route, or a key by anything.
+        """Raises Refusal ALREADY_EXISTS if an id, a key or a prefix of a route is taken.
 
         Args:
-            route_id: the id.
-            keys: the keys.
-            but_for: a route whose id and keys count as free.
+            route_id: the id, which no other route may have.
+            keys: the keys, which nothing else may have.
+            prefixes: the prefixes, which no other route may have.
+            but_for: a route whose id, keys and prefixes count as free.
         """
         if self._routes.get(route_id, but_for) is not but_for:
             raise _taken("route", route_id)
@@ -115,53 +131,71 @@ class Catalog:
                     raise _taken("key", key, f", and means {target}")
             elif (model := self._keys.get(key)) is not None:
                 raise _taken("key", key, f", and means models/{model.id}")
+        for prefix in prefixes:
+            target = self._prefixes.get(prefix)
+            if target is not None and (but_for is None or target.route != but_for.id):
+                raise _taken("prefix", prefix, f", and means {target}")
 
     def add_routes(self, *routes: Route) -> None:
-        """Adds routes whose ids and keys are free, at the cost of one.
+        """Adds routes whose ids, keys and prefixes are free, at the cost of one.
 
         Raises:
             Refusal: ALREADY_EXISTS; its text names the route that comes too late. None is added.
         """
-        keys: dict[str, Route] = {}
-        ids: set[str] = set()
+        first: dict[tuple[str, str], Route] = {}
         for route in routes:
             try:
-                self.check_route_free(route.id, route.keys)
-                if route.id in ids:
-                    raise _taken("route", route.id)
-                for key in route.keys:
-                    if (other := keys.setdefault(key, route)) is not route:
-                        raise _taken("key", key, f", and means {other.target}")
+                self.check_route_free(route.id, route.keys, route.prefixes)
+                for what in _names_of(route):
+                    if (other := first.setdefault(what, route)) is not route:
+                        text = "" if what[0] == "route" else f", and means {other.meaning}"
+                        raise _taken(*what, text)
             except Refusal as refusal:
                 refusal.text = f"routes.{route.id}: {refusal.text}"
                 raise
-            ids.add(route.id)
-        updated = self._table.added(KeyMapping(route.keys, route.target) for route in routes)
-        self._routes.update((route.id, route) for route in routes)
+        updated = self._table.added(
+            KeyMapping(route.keys, route.meaning) for route in routes if route.keys
+        )
+        self._prefixes = self._prefixes.changed(
+            added={prefix: route.meaning for route in routes for prefix in route.prefixes}
+        )
+        for route in routes:
+            self._routes[route.id] = route
+            self._note_links(route)
         self._show(updated.table, updated.changes)
 
     def replace_route(self, old: Route, new: Route) -> None:
         """Puts a route of the same id in another's place, in one step."""
-        self.check_route_free(new.id, new.keys, but_for=old)
-        table, changes = self.changed_by(old, new)
+        self.check_route_free(new.id, new.keys, new.prefixes, but_for=old)
+        table, changes = self._with(old, new)
+        self._prefixes = self._prefixes_with(old, new)
+        self._forget_links(old)
+        self._note_links(new)
         self._routes[new.id] = new
         self._show(table, changes)
 
-    def changed_by(
-        self, old: Route, new: Route
-    ) -> tuple[KeyTable[RouteTarget], tuple[KeyChange[RouteTarget], ...]]:
-        """The table as it would be with a route in another's place, and what would be different."""
-        pointed = self._table.updated([KeyMapping(old.keys, new.target)])
-        gone = [key for key in old.keys if key not in set(new.keys)]
-        extended = pointed.table.extended(old.keys[0], new.keys)
-        without = extended.table.without(gone)
-        kept = [change for change in pointed.changes if change.key not in set(gone)]
-        left = [KeyChange(key, old.target, None) for key in gone]
-        return without.table, (*kept, *extended.changes, *left)
+    def changed_by(self, old: Route, new: Route) -> tuple[KeyChange[RouteTarget], ...]:
+        """The keys of either that would mean something else with a route in another's place.
+
+        A key that a route loses, or gets, may have a meaning without it, by a prefix.
+        """
+        _, changes = self._with(old, new)
+        prefixes = self._prefixes_with(old, new)
+        told = []
+        for change in changes:
+            key = str(change.key)
+            before, after = change.before, change.after
+            before = self._prefixes.find(key) if before is None else before
+            after = prefixes.find(key) if after is None else after
+            if (before and before.name) != (after and after.name):
+                told.append(KeyChange(key, before, after))
+        return tuple(told)
 
     def remove_route(self, route: Route) -> None:
-        """Takes a route and its keys out."""
+        """Takes a route, its keys and its prefixes out."""
         updated = self._table.without(route.keys)
+        self._prefixes = self._prefixes.changed(gone=route.prefixes)
+        self._forget_links(route)
         del self._routes[route.id]
         self._show(updated.table, updated.changes)
 
@@ -176,40 +210,102 @@ class Catalog:
                 resource=Resource("route", f"routes/{route_id}"),
             ) from None
 
+    def target_of(self, route_id: str) -> Target | None:
+        """What a route leads to; None if there is no such route."""
+        route = self._routes.get(route_id)
+        return None if route is None else route.target
+
     def route_of(self, key: str) -> Route | None:
-        """The route that has a key; None if none has."""
+        """The route that has exactly this key; None if none has."""
         target = self._table.get(key)
+        return None if target is None else self._routes[target.route]
+
+    def routed(self, key: str) -> Route | None:
+        """See RouteView."""
+        if key in self._keys:
+            return None
+        target = self._table.get(key) or self._prefixes.find(key)
         return None if target is None else self._routes[target.route]
 
     def routes(self) -> list[Route]:
         """All routes, in the order of their ids."""
         return [self._routes[route_id] for route_id in sorted(self._routes)]
 
+    def leading_to(self, link: Link) -> Collection[str]:
+        """Ids of the routes whose targets name a model or route. Not for keeping."""
+        return self._leading.get(link, {}).keys()
+
     def routes_to(self, model_id: str) -> list[Route]:
-        """The routes whose keys mean a model, in the order of their ids."""
-        return [route for route in self.routes() if route.model == model_id]
+        """The routes whose targets name a model, in the order of their ids."""
+        return [self._routes[each] for each in sorted(self.leading_to(Link("models", model_id)))]
 
     def _routed_to(self, model_id: str) -> list[str]:
+        """The keys of routes that one model is all the meaning of."""
         return [
-            key for route in self._routes.values() if route.model == model_id for key in route.keys
+            key
+            for route_id in self.leading_to(Link("models", model_id))
+            if isinstance((route := self._routes[route_id]).target, One)
+            for key in route.keys
         ]
+
+    def _with(
+        self, old: Route, new: Route
+    ) -> tuple[KeyTable[RouteTarget], list[KeyChange[RouteTarget]]]:
+        """The table of keys with a route in another's place, and what is different in it."""
+        table, changes = self._table, list[KeyChange[RouteTarget]]()
+        wanted = set(new.keys)
+        gone = [key for key in old.keys if key not in wanted]
+        if old.keys:
+            pointed = table.updated([KeyMapping(old.keys, new.meaning)])
+            table = pointed.table
+            changes += [change for change in pointed.changes if change.key in wanted]
+        if new.keys:
+            mapping = KeyMapping(new.keys, new.meaning)
+            extended = table.extended(old.keys[0], new.keys) if old.keys else table.added([mapping])
+            table = extended.table
+            changes += extended.changes
+        changes += [KeyChange(key, old.meaning, None) for key in gone]
+        return table.without(gone).table, changes
+
+    def _prefixes_with(self, old: Route, new: Route) -> PrefixTable[RouteTarget]:
+        return self._prefixes.changed(
+            gone=old.prefixes, added=dict.fromkeys(new.prefixes, new.meaning)
+        )
+
+    def _note_links(self, route: Route) -> None:
+        for _, link in links_of(route.target):
+            self._leading.setdefault(link, {})[route.id] = None
+
+    def _forget_links(self, route: Route) -> None:
+        for _, link in links_of(route.target):
+            leading = self._leading.get(link, {})
+            leading.pop(route.id, None)
+            if not leading:
+                self._leading.pop(link, None)
 
     def _show(
         self, table: KeyTable[RouteTarget], changes: Sequence[KeyChange[RouteTarget]]
     ) -> None:
         self._table = table
         for change in changes:
-            key = str(change.key)
-            model = None if change.after is None else self._models.get(change.after.model)
-            if model is None:
-                self._keys.pop(key, None)
-            else:
+            key, after = str(change.key), change.after
+            model = after and after.model and self._models.get(after.model)
+            if model:
                 self._keys[key] = model
+            else:
+                self._keys.pop(key, None)
+
+
+def _names_of(route: Route) -> Iterator[tuple[str, str]]:
+    """What no two routes may both have."""
+    yield "route", route.id
+    yield from (("key", key) for key in route.keys)
+    yield from (("prefix", prefix) for prefix in route.prefixes)
 
 
 def _taken(kind: str, name: str, what: str = "") -> Refusal:
     return Refusal(
         Reason.ALREADY_EXISTS,
         f"{kind} {name!r} exists already{what}",
-        resource=Resource(kind, name if kind == "key" else f"{kind}s/{name}"),
+        resource=Resource(kind, f"{kind}s/{name}" if kind in ("model", "route") else name),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
@@ -14,6 +13,7 @@ from modelyard_server.catalog.records import ModelRecord, Owner
 from modelyard_server.catalog.run_figures import RunFigure
 from modelyard_server.devices.placed import PlacedAs
 from modelyard_server.residency.values import ModelHandle
+from modelyard_server.routing.names import KEY_PATTERN, MODEL_ID_PATTERN, is_key, is_model_id
 from modelyard_server.runtimes.api import JsonValue, Price
 
 __all__ = [
@@ -26,22 +26,6 @@ __all__ = [
     "is_key",
     "is_model_id",
 ]
-
-MODEL_ID_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
-"""What a model's id looks like; it also holds no "..", since ids appear in names of resources."""
-
-KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,255}")
-"""What a key looks like; it also holds no ".."."""
-
-
-def is_model_id(text: str) -> bool:
-    """True if the text can be a model's id."""
-    return MODEL_ID_PATTERN.fullmatch(text) is not None and ".." not in text
-
-
-def is_key(text: str) -> bool:
-    """True if the text can be a key."""
-    return KEY_PATTERN.fullmatch(text) is not None and ".." not in text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +82,7 @@ class Registration:
         replan: works the ways out anew for another price. Raises Refusal if there is none.
         warnings: what an operator should know and is no error.
         runs: what its runs take; one for all models whose runs take the same.
+        input_names: what its price says of them; see Price.
         created: when it was registered, in UTC.
         etag: changes whenever the model changes.
         origin: for models of the configuration file, a digest of what the file said.
@@ -110,6 +95,7 @@ class Registration:
     replan: Callable[[Price], tuple[PlacedAs, ...]]
     warnings: tuple[str, ...] = ()
     runs: RunFigure = field(default_factory=RunFigure, compare=False)
+    input_names: tuple[str, ...] = ()
     created: datetime
     etag: str
     origin: str = ""

@@ -80,30 +80,34 @@ class RouteRecord:
     Args:
         id: the route's id.
         owner: who says what it is.
-        keys: its keys, in order; at least one.
-        model: id of the model that they mean, which may be gone.
+        keys: its keys, in order.
+        target: JSON form of what they mean; the store does not read it. What it leads to may be
+            gone.
         created: when it was registered, in UTC.
         updated: when it was last changed, in UTC.
         etag: changes whenever the route changes.
         origin: for Owner.CONFIG a digest of what the file said; "" for Owner.API.
+        prefixes: beginnings of keys, in order.
 
     Raises:
-        ValueError: there is no key, or one is given twice, or a time is not in UTC.
+        ValueError: there is neither key nor prefix, or one is given twice, or a time is not in UTC.
     """
 
     id: str
     owner: Owner
     keys: tuple[str, ...]
-    model: str
+    target: JsonValue
     created: datetime
     updated: datetime
     etag: str
     origin: str
+    prefixes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.keys:
+        if not self.keys and not self.prefixes:
             raise ValueError(f"route {self.id!r} has no keys")
         _check_distinct(f"keys of route {self.id!r}", self.keys)
+        _check_distinct(f"prefixes of route {self.id!r}", self.prefixes)
         _check_utc("created", self.created)
         _check_utc("updated", self.updated)
 
@@ -183,7 +187,7 @@ class Change:
         put_models: models to add or overwrite; their placements by a plan stay.
         delete_models: ids of models to delete, with their keys and their placements by a plan.
         put_routes: routes to add or overwrite.
-        delete_routes: ids of routes to delete, with their keys.
+        delete_routes: ids of routes to delete, with their keys and prefixes.
         put_devices: devices to add or overwrite.
         put_placements: placements to add or overwrite.
         delete_placements: ids of models that go back to their own placement.

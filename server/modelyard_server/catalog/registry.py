@@ -410,6 +410,7 @@ class Registry:
             replan=replan,
             warnings=checked.warnings,
             runs=self._run_figures.of(price),
+            input_names=() if price is None else price.input_names,
             created=created or datetime.now(UTC),
             etag=etag or f'"{secrets.token_hex(8)}"',
             origin=origin,
@@ -482,8 +483,7 @@ class Registry:
             shown = ", ".join(names[:_MOST_NAMED]) + (", ..." if names[_MOST_NAMED:] else "")
             raise Refusal(
                 Reason.MODEL_IN_USE,
-                f"model {model.id!r} is what keys of {shown} mean: delete those or point them to "
-                "another model first",
+                f"{shown} lead to model {model.id!r}: delete those or point them elsewhere first",
                 metadata={"routes": shown},
                 resource=Resource("model", f"models/{model.id}"),
             )

@@ -24,6 +24,7 @@ from modelyard_server.catalog.records import (
     ModelRecord,
     Owner,
     PlacementRecord,
+    RouteRecord,
     Stored,
 )
 from modelyard_server.catalog.registry import Checked, Registry
@@ -35,6 +36,7 @@ from modelyard_server.devices.host_tier import HostTier
 from modelyard_server.devices.inventory import ManagedDevice
 from modelyard_server.errors import Reason, Refusal, Resource
 from modelyard_server.residency.shell import Residency
+from modelyard_server.routing.target_json import TargetError
 from modelyard_server.runtimes.api import ModelSpec, OptionError, Price
 
 __all__ = ["ConfiguredModel", "Restorer"]
@@ -164,7 +166,7 @@ class Restorer:
                     resource=Resource("route", f"routes/{draft.id}"),
                 )
             if record is not None and record.origin == draft.digest():
-                routes.append(Route.of(record))
+                routes.append(_route_of(record))
                 continue
             answer = self._routes.check(
                 draft,
@@ -176,7 +178,7 @@ class Restorer:
                 logger.warning("route %s: %s", draft.id, warning)
             changed.append(answer.route)
         routes += changed
-        routes += [Route.of(record) for record in stored.routes if record.owner is Owner.API]
+        routes += [_route_of(record) for record in stored.routes if record.owner is Owner.API]
         self._routes.restore(routes)
         return changed
 
@@ -364,6 +366,17 @@ def _still_given(
     )
     void.append(draft.id)
     return None
+
+
+def _route_of(record: RouteRecord) -> Route:
+    """A stored route. Raises Refusal INTERNAL if it cannot be read."""
+    try:
+        return Route.of(record)
+    except TargetError as error:
+        # Not left out: its keys would then mean nothing, or something else by a prefix.
+        raise Refusal(
+            Reason.INTERNAL, f"routes.{record.id}: what the catalog holds is no route: {error}"
+        ) from None
 
 
 def _draft_of(record: ModelRecord) -> ModelDraft:

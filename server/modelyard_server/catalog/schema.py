@@ -3,7 +3,7 @@
 Every function takes a connection in autocommit mode. `migrate` makes its own transactions; the
 others run inside the caller's. Keys are rows of `routes`, those of models and those of routes, so
 that the database itself sees to it that a key means one thing. A model's id is a key as well: its
-row has no position unless the id was also given among the keys.
+row has no position unless the id was also given among the keys. Prefixes are rows of their own.
 """
 
 from __future__ import annotations
@@ -116,6 +116,44 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX routes_by_model ON routes (model, position)",
         "CREATE INDEX routes_by_route ON routes (route, position)",
     ),
+    (
+        # Both tables are made anew: to drop a table would drop what refers to it.
+        "ALTER TABLE routes RENAME TO routes_before",
+        "ALTER TABLE route_records RENAME TO route_records_before",
+        "DROP INDEX routes_by_model",
+        "DROP INDEX routes_by_route",
+        """CREATE TABLE route_records (
+            id TEXT NOT NULL PRIMARY KEY,
+            owner TEXT NOT NULL CHECK (owner IN ('config', 'api')),
+            target TEXT NOT NULL,
+            created_us INTEGER NOT NULL,
+            updated_us INTEGER NOT NULL,
+            etag TEXT NOT NULL,
+            origin TEXT NOT NULL
+        )""",
+        # An id holds nothing that JSON would escape.
+        """INSERT INTO route_records SELECT
+            id, owner, '{"model":"' || model || '"}', created_us, updated_us, etag, origin
+            FROM route_records_before""",
+        """CREATE TABLE routes (
+            key TEXT NOT NULL PRIMARY KEY,
+            model TEXT REFERENCES models ON DELETE CASCADE,
+            route TEXT REFERENCES route_records ON DELETE CASCADE,
+            position INTEGER,
+            CHECK ((model IS NULL) <> (route IS NULL))
+        )""",
+        "INSERT INTO routes SELECT key, model, route, position FROM routes_before",
+        "DROP TABLE routes_before",
+        "DROP TABLE route_records_before",
+        "CREATE INDEX routes_by_model ON routes (model, position)",
+        "CREATE INDEX routes_by_route ON routes (route, position)",
+        """CREATE TABLE prefixes (
+            prefix TEXT NOT NULL PRIMARY KEY,
+            route TEXT NOT NULL REFERENCES route_records ON DELETE CASCADE,
+            position INTEGER NOT NULL
+        )""",
+        "CREATE INDEX prefixes_by_route ON prefixes (route, position)",
+    ),
 )
 """Step i takes a file from version i to i + 1. A step that was released never changes again."""
 
@@ -178,6 +216,11 @@ def read_stored(connection: sqlite3.Connection) -> Stored:
         " ORDER BY model, route, position"
     ):
         (keys if route is None else of_routes).setdefault(model or route, []).append(key)
+    prefixes: dict[str, list[str]] = {}
+    for prefix, route in connection.execute(
+        "SELECT prefix, route FROM prefixes ORDER BY route, position"
+    ):
+        prefixes.setdefault(route, []).append(prefix)
     revision, time_us = connection.execute("SELECT revision, time_us FROM plan").fetchone()
     return Stored(
         models=tuple(
@@ -206,14 +249,15 @@ def read_stored(connection: sqlite3.Connection) -> Stored:
                 id=name,
                 owner=Owner(owner),
                 keys=tuple(of_routes.get(name, ())),
-                model=model,
+                target=json.loads(target),
                 created=_time(created_us),
                 updated=_time(updated_us),
                 etag=etag,
                 origin=origin,
+                prefixes=tuple(prefixes.get(name, ())),
             )
-            for name, owner, model, created_us, updated_us, etag, origin in connection.execute(
-                "SELECT id, owner, model, created_us, updated_us, etag, origin"
+            for name, owner, target, created_us, updated_us, etag, origin in connection.execute(
+                "SELECT id, owner, target, created_us, updated_us, etag, origin"
                 " FROM route_records ORDER BY id"
             )
         ),
@@ -262,6 +306,7 @@ def apply_change(connection: sqlite3.Connection, change: Change, now: datetime) 
             {key: position for position, key in enumerate(route.keys)},
             route=route.id,
         )
+        _put_prefixes(connection, route)
     for device in change.put_devices:
         connection.execute(
             "INSERT INTO devices (name, budget_bytes, drained, origin) VALUES (?, ?, ?, ?)"
@@ -341,17 +386,19 @@ def _put_models(connection: sqlite3.Connection, models: Sequence[ModelRecord]) -
 def _put_routes(connection: sqlite3.Connection, routes: Sequence[RouteRecord]) -> None:
     for route in routes:
         connection.execute(
-            "INSERT INTO route_records (id, owner, model, created_us, updated_us, etag, origin)"
+            "INSERT INTO route_records (id, owner, target, created_us, updated_us, etag, origin)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (id) DO UPDATE SET owner = excluded.owner, model = excluded.model,"
+            " ON CONFLICT (id) DO UPDATE SET owner = excluded.owner, target = excluded.target,"
             " created_us = excluded.created_us, updated_us = excluded.updated_us,"
             " etag = excluded.etag, origin = excluded.origin",
             (
-                *(route.id, route.owner.value, route.model, _microseconds(route.created)),
-                *(_microseconds(route.updated), route.etag, route.origin),
+                *(route.id, route.owner.value, _json(route.target)),
+                *(_microseconds(route.created), _microseconds(route.updated)),
+                *(route.etag, route.origin),
             ),
         )
         _delete(connection, "routes", "route", (route.id,))
+        _delete(connection, "prefixes", "route", (route.id,))
 
 
 def _put_keys(
@@ -376,6 +423,20 @@ def _put_keys(
             else:
                 what = f"the model {model or other!r} and by the route {route or other_route!r}"
             raise ValueError(f"key {key!r} would mean {what}") from None
+
+
+def _put_prefixes(connection: sqlite3.Connection, route: RouteRecord) -> None:
+    """Gives prefixes to a route. Raises ValueError if one is taken."""
+    for place, prefix in enumerate(route.prefixes):
+        try:
+            connection.execute("INSERT INTO prefixes VALUES (?, ?, ?)", (prefix, route.id, place))
+        except sqlite3.IntegrityError:
+            (other,) = connection.execute(
+                "SELECT route FROM prefixes WHERE prefix = ?", (prefix,)
+            ).fetchone()
+            raise ValueError(
+                f"prefix {prefix!r} would be one of the routes {other!r} and {route.id!r}"
+            ) from None
 
 
 def _put_request(connection: sqlite3.Connection, request: RequestRecord) -> None:

@@ -9,7 +9,12 @@ from typing import Final
 from modelyard_server.config.problems import quoted
 from modelyard_server.config.rules import RuleError, text_of
 
-__all__ = ["is_loopback", "listen_address", "split_listen_address"]
+__all__ = [
+    "is_loopback",
+    "listen_address",
+    "optional_listen_address",
+    "split_listen_address",
+]
 
 _HOST_NAME: Final = re.compile(
     r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9-]+)*"
@@ -22,6 +27,11 @@ def listen_address(value: object) -> str:
     text = text_of(value)
     split_listen_address(text)
     return text
+
+
+def optional_listen_address(value: object) -> str:
+    """Accept ``host:port``, or empty text for none."""
+    return listen_address(value) if text_of(value) else ""
 
 
 def split_listen_address(text: str) -> tuple[str, int]:

@@ -27,6 +27,11 @@ max_message_bytes = "16MiB"      # largest request
 shutdown_grace_s = 10            # for running requests after SIGTERM
 log_level = "info"               # debug, info, warning or error
 
+[http]                           # the same without gRPC: JSON, Connect and gRPC-Web
+listen = ""                      # host:port, such as "127.0.0.1:8081"; "" is off
+insecure_non_loopback = false    # as in [server]
+origins = []                     # web pages whose scripts may call: "https://example.com"
+
 [yard]
 policy = "ensemble"              # how victims are chosen: see docs/eviction.md for the others
 order = "urgency"                # who is next; "fifo": strictly who came first, at any price
@@ -89,8 +94,19 @@ pinned = false                   # true: loaded at the start, never evicted
 [models.echo]                    # answers with its input; needs no weights
 runtime = "identity"
 
-[[routes]]                       # keys that can be pointed to another model: see docs/routes.md
+[[routes]]                       # keys that can be given another meaning: see docs/routes.md
 id = "greetings"                 # its name; no key
-keys = ["acme/greet", "hello"]   # at least one; a key is in one route, or a model's own
-model = "echo"                   # what they mean: one of [models]
+keys = ["acme/greet", "hello"]   # a key is in one route, or a model's own
+prefixes = []                    # such as "acme/": keys that begin so and have no other meaning
+model = "echo"                   # what they mean: one of [models], or a table of another kind
+
+[[routes]]
+id = "trial"
+keys = ["acme/trial"]
+
+[routes.split]                   # or sequence, ensemble, shadow, fallback, versions
+branches = [
+  {name = "old", target = "models/echo", weight = 90},
+  {name = "new", target = "routes/greetings", weight = 10},
+]
 """

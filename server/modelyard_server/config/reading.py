@@ -31,6 +31,7 @@ from modelyard_server.config.values import (
     DeviceConfig,
     EngineConfig,
     HostTierConfig,
+    HttpConfig,
     ModelConfig,
     RouteConfig,
     Section,
@@ -51,8 +52,8 @@ MAX_CONFIG_BYTES: Final = 16 * 1024**2
 """Largest configuration file; room for tens of thousands of models."""
 
 _SECTIONS: Final = (
-    *("server", "yard", "catalog", "weights", "engine", "host_tier", "devices", "roots"),
-    *("runtimes", "models", "routes"),
+    *("server", "http", "yard", "catalog", "weights", "engine", "host_tier", "devices"),
+    *("roots", "runtimes", "models", "routes"),
 )
 _AT_LINE: Final = re.compile(r" \(at (?:line ([0-9]+), column [0-9]+|end of document)\)$")
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -169,6 +170,7 @@ class _Reader:
         """Return the configuration, or raise ``ConfigError`` with all problems."""
         self._refuse_unknown((), self._document, _SECTIONS)
         server = self._section(ServerConfig, ("server",), self._table(("server",)))
+        http = self._section(HttpConfig, ("http",), self._table(("http",)))
         yard = self._section(YardConfig, ("yard",), self._table(("yard",)))
         catalog = self._catalog()
         weights = self._weights()
@@ -191,6 +193,7 @@ class _Reader:
             raise ConfigError(self._problems)
         return Config(
             server=ServerConfig(**server),
+            http=HttpConfig(**http),
             yard=YardConfig(**yard),
             catalog=catalog,
             weights=weights,

@@ -10,13 +10,17 @@ from __future__ import annotations
 import datetime
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from modelyard_server.config.budget import Budget
 from modelyard_server.config.problems import KeyPath, quoted
 from modelyard_server.devices.sizes import MAX_SIZE_BYTES, format_size, parse_size
+from modelyard_server.routing.checks import in_itself
+from modelyard_server.routing.names import KEY_PATTERN, MODEL_ID_PATTERN
+from modelyard_server.routing.target_json import TargetError, path_parts, read_target
+from modelyard_server.routing.targets import KINDS, Target, Transform
 
 __all__ = [
     "Finding",
@@ -34,9 +38,12 @@ __all__ = [
     "one_of",
     "optional_budget",
     "options",
+    "origins",
     "route_keys",
+    "route_prefixes",
     "seconds",
     "size",
+    "target",
     "text_of",
     "word",
 ]
@@ -47,10 +54,9 @@ Finding: TypeAlias = tuple[KeyPath, str]
 Rule: TypeAlias = Callable[[object], object]
 """Checks one setting and returns what is kept. Raises ``RuleError``."""
 
-_IDENTIFIER: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
-_KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,255}")
 _WORD: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _NAME: Final = "[A-Za-z_][A-Za-z0-9_]*"
+_ORIGIN: Final = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 _FACTORY: Final = re.compile(rf"{_NAME}(\.{_NAME})*:{_NAME}")
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _MAX_FOLDER_LENGTH: Final = 1024
@@ -185,8 +191,8 @@ def word(value: object) -> str:
 def identifier(value: object) -> str:
     """Accept the ids of models and the names of roots."""
     text = text_of(value)
-    if not _IDENTIFIER.fullmatch(text):
-        raise RuleError(f"the name must match {_IDENTIFIER.pattern}: {quoted(text)} does not")
+    if not MODEL_ID_PATTERN.fullmatch(text):
+        raise RuleError(f"the name must match {MODEL_ID_PATTERN.pattern}: {quoted(text)} does not")
     if ".." in text:
         raise RuleError('the name must not hold ".."')
     return text
@@ -198,15 +204,41 @@ def keys(value: object) -> tuple[str, ...]:
 
 
 def route_keys(value: object) -> tuple[str, ...]:
-    """Accept an array of at least one key. One that is listed twice counts once."""
-    if isinstance(value, Sequence) and not isinstance(value, str) and not value:
-        raise RuleError("must hold at least one key")
+    """Accept an array of keys. One that is listed twice counts once."""
     return _strings(value, _key, repeats=True)
+
+
+def route_prefixes(value: object) -> tuple[str, ...]:
+    """Accept an array of beginnings of keys. One that is listed twice counts once."""
+    return _strings(value, _prefix, repeats=True)
+
+
+def target(kind: str) -> Rule:
+    """Return a rule for what a route of a kind leads to: its table, as routing.target_json says.
+
+    What it leads to has to be there, which is a question of other settings.
+    """
+
+    def rule(value: object) -> Target:
+        try:
+            read = value if isinstance(value, KINDS[kind]) else read_target({kind: value})
+        except TargetError as error:
+            raise RuleError(_inside(error.findings)) from error
+        if findings := in_itself(read, check_transform=_of_transform):
+            raise RuleError(_inside(findings), usable=read)
+        return read
+
+    return rule
 
 
 def factories(value: object) -> tuple[str, ...]:
     """Accept an array of different ``module:function`` names."""
     return _strings(value, _factory)
+
+
+def origins(value: object) -> tuple[str, ...]:
+    """Accept an array of different origins of web pages."""
+    return _strings(value, _origin)
 
 
 def folder(value: object) -> str:
@@ -295,10 +327,38 @@ def _size(value: object) -> int:
 
 def _key(value: object) -> str:
     text = text_of(value)
-    if not _KEY.fullmatch(text):
-        raise RuleError(f"a key must match {_KEY.pattern}: {quoted(text)} does not")
+    if not KEY_PATTERN.fullmatch(text):
+        raise RuleError(f"a key must match {KEY_PATTERN.pattern}: {quoted(text)} does not")
     if ".." in text:
         raise RuleError(f'a key must not hold "..": {quoted(text)} does')
+    return text
+
+
+def _prefix(value: object) -> str:
+    # The empty one is a prefix of every key, and none itself.
+    return "" if value == "" else _key(value)
+
+
+def _of_transform(transform: Transform) -> Iterable[tuple[str, str]]:
+    # Imported here: few files have one, and it needs numpy.
+    from modelyard_server.routing.transforms import check_transform
+
+    return check_transform(transform)
+
+
+def _inside(findings: Iterable[tuple[str, str]]) -> Iterator[Finding]:
+    """Findings of a whole target as those of the value of its kind."""
+    for path, text in findings:
+        yield path_parts(path)[1:], text
+
+
+def _origin(value: object) -> str:
+    text = text_of(value)
+    if not _ORIGIN.fullmatch(text):
+        raise RuleError(
+            'must be an origin as a browser writes it, such as "https://example.com" or '
+            f'"http://localhost:3000", got {quoted(text)}'
+        )
     return text
 
 

@@ -7,7 +7,7 @@ immutable, checked when made, and may be shared between threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,23 @@ from modelyard_server.config.budget import Budget
 from modelyard_server.config.problems import KeyPath, key_text, quoted
 from modelyard_server.config.rules import Finding, Rule, RuleError
 from modelyard_server.devices.sizes import MAX_SIZE_BYTES
+from modelyard_server.routing.checks import beside, only_model
+from modelyard_server.routing.step_types import known_signature, steps_that_do_not_meet
+from modelyard_server.routing.target_json import path_parts
+from modelyard_server.routing.targets import (
+    KINDS,
+    Ensemble,
+    Fallback,
+    Link,
+    One,
+    Shadow,
+    Split,
+    Target,
+    Versions,
+    links_of,
+)
+from modelyard_server.routing.targets import Sequence as SequenceTarget
+from modelyard_server.runtimes.signature import Signature
 
 __all__ = [
     "MAX_DEVICES",
@@ -32,6 +49,7 @@ __all__ = [
     "DeviceConfig",
     "EngineConfig",
     "HostTierConfig",
+    "HttpConfig",
     "ModelConfig",
     "RouteConfig",
     "Section",
@@ -48,7 +66,17 @@ __all__ = [
 MAX_DEVICES: Final = 16
 """Most devices of a yard; the core's own limit."""
 
-POLICIES: Final = ("ensemble", "learned", "next-use", "gap", "mix", "decay", "gdsf", "lru")
+POLICIES: Final = (
+    "ensemble",
+    "learned",
+    "next-use",
+    "due",
+    "gap",
+    "mix",
+    "decay",
+    "gdsf",
+    "lru",
+)
 """The core's eviction policies, the default first: a configuration is checked without the core."""
 
 ORDERS: Final = ("urgency", "fifo")
@@ -139,16 +167,38 @@ class ServerConfig:
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
         """See ``Section``."""
-        if {"listen", "insecure_non_loopback"} <= given.keys():
-            host, _ = addresses.split_listen_address(given["listen"])
-            if not given["insecure_non_loopback"] and not addresses.is_loopback(host):
-                yield (
-                    ("listen",),
-                    f"{quoted(host)} may be reached from other machines, and there is no TLS yet: "
-                    "listen on 127.0.0.1 behind a proxy that does TLS, or set "
-                    "insecure_non_loopback = true if the network is closed",
-                )
+        yield from _exposed(given)
         yield from _ascending(given, "default_deadline_s", "max_deadline_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpConfig:
+    """The same services over HTTP, for clients without gRPC: ``[http]``.
+
+    Raises:
+        ValueError: a field breaks its rule, or two contradict each other.
+    """
+
+    listen: str = field(default="", metadata=_ruled(addresses.optional_listen_address))
+    """``host:port`` of the listener; port 0 lets the system choose one. Empty: none."""
+    insecure_non_loopback: bool = field(default=False, metadata=_ruled(rules.boolean))
+    """Whether ``listen`` may be reachable from other machines, without encryption or identity."""
+    origins: tuple[str, ...] = field(default=(), metadata=_ruled(rules.origins))
+    """Web pages, by their origin, whose scripts may call. Requests of all others are refused."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def host(self) -> str:
+        """Host of ``listen``, an IPv6 address without its brackets; empty if there is none."""
+        return addresses.split_listen_address(self.listen)[0] if self.listen else ""
+
+    @staticmethod
+    def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
+        """See ``Section``."""
+        if given.get("listen"):
+            yield from _exposed(given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,26 +343,54 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteConfig:
-    """Keys that mean one model: ``[[routes]]``.
+    """What keys mean: ``[[routes]]``. Exactly one of the kinds is set.
 
     Raises:
-        ValueError: a field breaks its rule.
+        ValueError: a field breaks its rule, or there is no key, or not one kind.
     """
 
     id: str = field(metadata=_ruled(rules.identifier))
     """Its id, which is no key."""
-    keys: tuple[str, ...] = field(metadata=_ruled(rules.route_keys))
-    """The keys, at least one. One that is listed twice counts once."""
-    model: str = field(metadata=_ruled(rules.identifier))
-    """Id of the model that they mean; one of ``[models]``."""
+    keys: tuple[str, ...] = field(default=(), metadata=_ruled(rules.route_keys))
+    """The keys, at least one unless there are prefixes. One that is listed twice counts once."""
+    prefixes: tuple[str, ...] = field(default=(), metadata=_ruled(rules.route_prefixes))
+    """Beginnings of keys; "" is one of every key. One that is listed twice counts once."""
+    model: str | None = field(default=None, metadata=_ruled(rules.identifier))
+    """Id of the model that they mean; one of ``[models]``, as what the other kinds lead to is."""
+    split: Split | None = field(default=None, metadata=_ruled(rules.target("split")))
+    """They mean one of several, by weight."""
+    sequence: SequenceTarget | None = field(default=None, metadata=_ruled(rules.target("sequence")))
+    """They mean several, one after the other."""
+    ensemble: Ensemble | None = field(default=None, metadata=_ruled(rules.target("ensemble")))
+    """They mean all of several, combined."""
+    shadow: Shadow | None = field(default=None, metadata=_ruled(rules.target("shadow")))
+    """They mean one, and another is tried."""
+    fallback: Fallback | None = field(default=None, metadata=_ruled(rules.target("fallback")))
+    """They mean the first of several that can answer in time."""
+    versions: Versions | None = field(default=None, metadata=_ruled(rules.target("versions")))
+    """They mean one of several versions."""
 
     def __post_init__(self) -> None:
         _check(self)
 
+    @property
+    def target(self) -> Target:
+        """What its keys mean."""
+        target = _target_of(_fields_of(self))
+        assert target is not None  # It has been checked that there is one.
+        return target
+
     @staticmethod
     def conflicts(given: Mapping[str, Any]) -> Iterator[Finding]:
         """See ``Section``."""
-        yield from ()
+        if not given.get("keys", True) and not given.get("prefixes", True):
+            yield ("keys",), "must hold at least one key, or there must be prefixes"
+        kinds = [kind for kind in KINDS if given.get(kind) is not None]
+        broken = any(kind not in given for kind in KINDS)
+        if len(kinds) > 1:
+            yield (kinds[1],), f"is a second meaning beside {kinds[0]}: make it a route of its own"
+        elif not kinds and not broken:
+            yield (), f"means nothing: give it one of {', '.join(KINDS)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -421,6 +499,8 @@ class Config:
 
     server: ServerConfig = field(default_factory=ServerConfig)
     """How the server is reached."""
+    http: HttpConfig = field(default_factory=HttpConfig)
+    """How it is reached without gRPC."""
     yard: YardConfig = field(default_factory=YardConfig)
     """How it decides."""
     catalog: CatalogConfig = field(default_factory=CatalogConfig)
@@ -454,6 +534,20 @@ class Config:
                 *route_conflicts([_fields_of(route) for route in self.routes], models),
                 *tier_conflicts(self.host_tier.budget, devices),
             ]
+        )
+
+
+def _exposed(given: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield what is wrong with a listener that other machines reach without anybody wanting it."""
+    if not {"listen", "insecure_non_loopback"} <= given.keys():
+        return
+    host, _ = addresses.split_listen_address(given["listen"])
+    if not given["insecure_non_loopback"] and not addresses.is_loopback(host):
+        yield (
+            ("listen",),
+            f"{quoted(host)} may be reached from other machines, and there is no TLS yet: "
+            "listen on 127.0.0.1 behind a proxy that does TLS, or set "
+            "insecure_non_loopback = true if the network is closed",
         )
 
 
@@ -524,6 +618,7 @@ def route_conflicts(
     for model_id, given in models.items():
         for key in given.get("keys", ()):
             owners.setdefault(key, ("models", model_id))
+    prefixes: dict[str, KeyPath] = {}
     for index, given in enumerate(routes):
         here: KeyPath = ("routes", index)
         if "id" in given and (first := ids.setdefault(given["id"], index)) != index:
@@ -531,16 +626,84 @@ def route_conflicts(
                 (*here, "id"),
                 f"{quoted(given['id'])} is the id of {key_text(('routes', first))} already",
             )
-        model = given.get("model")
-        if model is not None and model not in models:
-            known = ", ".join(sorted(models)) or "none"
-            yield (*here, "model"), f"{quoted(model)} is not in [models] (there: {known})"
-        for position, key in enumerate(given.get("keys", ())):
-            if key is not None and (other := owners.setdefault(key, here)) != here:
+        for name, taken in (("keys", owners), ("prefixes", prefixes)):
+            for position, key in enumerate(given.get(name, ())):
+                if key is not None and (other := taken.setdefault(key, here)) != here:
+                    what = "key" if name == "keys" else "prefix"
+                    yield (
+                        (*here, name, position),
+                        f"{quoted(key)} is a {what} of {key_text(other)} already",
+                    )
+    yield from _link_conflicts(routes, models, ids)
+
+
+def _link_conflicts(
+    routes: Sequence[Mapping[str, Any]],
+    models: Mapping[str, Mapping[str, Any]],
+    ids: Mapping[str, int],
+) -> Iterator[Finding]:
+    """Yield what is wrong between what routes lead to."""
+    declared = _Declared(models, {name: _target_of(routes[index]) for name, index in ids.items()})
+    for index, given in enumerate(routes):
+        here: KeyPath = ("routes", index)
+        target = _target_of(given)
+        if target is None:
+            continue
+        for path, link in links_of(target):
+            there: Collection[str] = models if link.kind == "models" else ids
+            if link.id not in there:
+                known = ", ".join(sorted(there)) or "none"
                 yield (
-                    (*here, "keys", position),
-                    f"{quoted(key)} is a key of {key_text(other)} already",
+                    # That of a model is its value itself.
+                    (*here, *path_parts(path.removeprefix("model."))),
+                    f"{quoted(link.id)} is not in [{link.kind}] (there: {known})",
                 )
+        if ids.get(given.get("id", "")) != index:
+            continue  # Nobody knows which of two routes of one name another one means.
+        findings = beside(given["id"], target, declared)
+        if isinstance(target, SequenceTarget):
+            findings += steps_that_do_not_meet(target, declared.signature_of)
+        for path, text in findings:
+            if path != "target":  # That is told of the other route, too.
+                yield (*here, *path_parts(path)), text
+
+
+class _Declared:
+    """The models and routes of a file, for what is checked between them."""
+
+    def __init__(
+        self, models: Mapping[str, Mapping[str, Any]], targets: Mapping[str, Target | None]
+    ) -> None:
+        self._models = models
+        self._targets = targets
+        self._leading: dict[Link, list[str]] = {}
+        for name, target in targets.items():
+            for _, link in () if target is None else links_of(target):
+                self._leading.setdefault(link, []).append(name)
+
+    def has_model(self, model_id: str) -> bool:
+        return model_id in self._models
+
+    def target_of(self, route_id: str) -> Target | None:
+        return self._targets.get(route_id)
+
+    def leading_to(self, link: Link) -> Collection[str]:
+        return self._leading.get(link, ())
+
+    def signature_of(self, link: Link) -> Signature | None:
+        given = self._models.get(only_model(link, self) or "", {})
+        runtime, task = given.get("runtime", ""), given.get("task") or ""
+        if task not in TASKS.get(runtime, ()):
+            return None
+        return known_signature(runtime, task, given.get("options", {}))
+
+
+def _target_of(given: Mapping[str, Any]) -> Target | None:
+    """What the fields of a route say that it leads to; None if that is not known."""
+    kind = next((kind for kind in KINDS if given.get(kind) is not None), None)
+    if kind is None:
+        return None
+    return One(given[kind]) if kind == "model" else cast("Target", given[kind])
 
 
 def tier_conflicts(

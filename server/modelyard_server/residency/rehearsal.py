@@ -137,6 +137,18 @@ class Rehearsal:
                 self._run(self._yard.unload_done(core_id, self._now_ns, freed))
         self.departures.clear()
 
+    def clear(self) -> None:
+        """Takes every model out, and opens every device."""
+        self.settle()
+        for core_id in self._core_ids:
+            entry = self._yard.entry(core_id)
+            if entry is not None and not entry.removed:
+                self.remove(core_id)
+        for device in range(self._yard.device_count):
+            if self._yard.device_closed(device):
+                self.set_closed(device, False)
+        self.departures.clear()
+
     def right_after(
         self, device: int, *, budget_bytes: int | None = None, closed: bool | None = None
     ) -> DeviceUse:

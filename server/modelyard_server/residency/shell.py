@@ -18,8 +18,8 @@ import contextvars
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, assert_never
 
@@ -86,6 +86,14 @@ class Lease:
         self.wait_s = wait_s
         self.load_s = load_s
 
+    def set_aside(self) -> None:
+        """Says that no other request waits behind this one, however long it lasts.
+
+        It goes on by runs between which others have their turn. So its device's pace, by which
+        others are told how long they would wait, is not measured by it.
+        """
+        self._residency._set_aside(self._id)
+
     def release(self) -> None:
         """Gives it back. What that makes possible (an unload, a waiting load) begins at once."""
         self._residency._release(self._id)
@@ -149,6 +157,7 @@ class Residency:
         self._timer: asyncio.TimerHandle | None = None
         self._targets: dict[int, Target] = {}
         self._closing = False
+        self._drain_watchers: set[asyncio.Event] = set()
         self._recent_loads = RecentLoads()
         self._line: ArrivalOrder | None = None
         if settings.order == "fifo":
@@ -455,6 +464,33 @@ class Residency:
 
     # --- Looking ------------------------------------------------------------------------------
 
+    def is_resident(self, handle: ModelHandle) -> bool:
+        """True if a request for a model would be a hit now."""
+        entry = self._yard.entry(heir_of(handle).core_id)
+        return entry is not None and entry.state is State.RESIDENT
+
+    def is_leaving(self, handle: ModelHandle) -> bool:
+        """True if a model was asked to leave, and is there as long as it is leased."""
+        entry = self._yard.entry(handle.core_id)
+        return entry is not None and entry.state is State.DRAINING
+
+    def fits_free(self, handle: ModelHandle) -> bool:
+        """True if a model could be loaded now, and nobody had to leave or wait for it."""
+        if self._yard.waiting_count:
+            return False
+        rehearsal = self.rehearse()
+        return rehearsal.want(handle.core_id) and not rehearsal.departures
+
+    @contextmanager
+    def watching_drains(self) -> Iterator[asyncio.Event]:
+        """Gives an event that is set whenever a model is asked to leave while it is leased."""
+        told = asyncio.Event()
+        self._drain_watchers.add(told)
+        try:
+            yield told
+        finally:
+            self._drain_watchers.discard(told)
+
     def use(self, handle: ModelHandle) -> ModelUse:
         """Where a model stands."""
         entry = self._yard.entry(handle.core_id)
@@ -613,6 +649,8 @@ class Residency:
                 self._transfers.stop_load(self._handles[action.model])
             case _core.Drain():
                 logger.debug("draining %s", self._handles[action.model].name)
+                for told in self._drain_watchers:
+                    told.set()
             case _core.Unload():
                 del self._targets[action.model]
                 handle = self._handles[action.model]
@@ -639,6 +677,9 @@ class Residency:
             future.set_exception(
                 refusal_of(refuse, device_names=self._device_names, name_of=self._teller.name_of)
             )
+
+    def _set_aside(self, lease_id: int) -> None:
+        self._yard.set_aside(lease_id)
 
     def _release(self, lease_id: int) -> None:
         actions = self._yard.release(lease_id, self._now_ns())
