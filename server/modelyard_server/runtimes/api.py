@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from modelyard_server.runtimes.signature import Signature
 from modelyard_server.runtimes.targets import Place, Structure
 from modelyard_server.runtimes.tensors import TensorValue
 from modelyard_server.weights.activation_model import ActivationPoint, RunEstimate
@@ -91,6 +92,8 @@ class Price:
             0 if nobody knows.
         runs: what runs of all batches take, for measurements to correct; None for a runtime that
             measures none.
+        input_names: of the inputs that the model cannot do without, where its files or code say
+            them; empty where they do not, or the runtime knows without them.
     """
 
     resting_bytes: int
@@ -99,6 +102,7 @@ class Price:
     shared: Mapping[str, int] = field(default_factory=dict)
     activation_bytes: int = 0
     runs: RunEstimate | None = None
+    input_names: tuple[str, ...] = ()
 
 
 class OptionError(ValueError):
@@ -365,6 +369,15 @@ class Runtime(ABC):
         Raises:
             ModelFilesError: files that can be seen to be no model of this runtime.
         """
+
+    def signature(self, spec: ModelSpec, input_names: Sequence[str] = ()) -> Signature:
+        """Says what a model takes and gives, as far as that is known without it. Touches no files.
+
+        Args:
+            spec: of the model; has passed check.
+            input_names: of its price.
+        """
+        return Signature(inputs=(), outputs=(), is_exact=False)
 
     def check_request(  # noqa: B027 - nothing can be said of most requests without the model
         self,

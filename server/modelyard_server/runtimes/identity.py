@@ -18,8 +18,9 @@ from modelyard_server.runtimes.api import (
     Witness,
 )
 from modelyard_server.runtimes.options import OptionReader
+from modelyard_server.runtimes.signature import ANY, Signature, TensorKind
 from modelyard_server.runtimes.targets import Place
-from modelyard_server.runtimes.tensors import TensorValue
+from modelyard_server.runtimes.tensors import DType, TensorValue
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,11 @@ class IdentityRuntime(Runtime):
         """Returns size_bytes."""
         size_bytes = _size_bytes(spec)
         return Price(resting_bytes=size_bytes, peak_bytes=size_bytes)
+
+    def signature(self, spec: ModelSpec, input_names: Sequence[str] = ()) -> Signature:
+        """An example: it takes whatever comes, and gives that back."""
+        kinds = (TensorKind("input", DType.FLOAT32, (ANY,)),)
+        return Signature(inputs=kinds, outputs=kinds, is_exact=False)
 
     def check_request(
         self,

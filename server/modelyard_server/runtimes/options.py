@@ -88,6 +88,15 @@ class OptionReader:
             raise OptionError(name, f"must be a list of 1 to {limit} different texts")
         return tuple(values)
 
+    def list_of_texts(self, name: str) -> tuple[str, ...]:
+        """Takes a list of any texts; empty if it is not there."""
+        values = self._take(name)
+        if values is None:
+            return ()
+        if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
+            raise OptionError(name, "must be a list of texts")
+        return tuple(values)
+
     def table(self, name: str) -> dict[str, JsonValue]:
         """Takes a table of values; empty if it is not there."""
         value = self._take(name)

@@ -6,6 +6,7 @@ A layout is made once a factory and its options: it depends on the code alone. W
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ from modelyard_server.weights.safetensors_files import Checkpoint
 from modelyard_server.weights.structures import blocks_of, tensors_of, units_of
 
 __all__ = ["Layout", "LayoutTensor", "compare", "layout_of", "structure_of"]
+
+
+_MOST_INPUTS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,7 @@ class Layout:
         blocks: where it is not cut; see _blocks.
         units: see Structure.
         built_bytes: bytes that building it takes beside the weights: 0 if it can be built on meta.
+        input_names: what its forward cannot do without, by name; at most 64.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -58,6 +63,7 @@ class Layout:
     blocks: tuple[str, ...]
     units: tuple[str, ...]
     built_bytes: int
+    input_names: tuple[str, ...] = ()
 
     @property
     def aliases(self) -> tuple[tuple[str, ...], ...]:
@@ -114,7 +120,21 @@ def layout_of(module: torch.nn.Module, on_meta: bool) -> Layout:
         blocks=_blocks(module),
         units=units_of(module),
         built_bytes=0 if on_meta else sum(built.values()),
+        input_names=_input_names(module),
     )
+
+
+def _input_names(module: torch.nn.Module) -> tuple[str, ...]:
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # Of what is no function of Python.
+        return ()
+    return tuple(
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.default is parameter.empty
+    )[:_MOST_INPUTS]
 
 
 def _blocks(module: torch.nn.Module) -> tuple[str, ...]:

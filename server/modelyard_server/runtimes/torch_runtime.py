@@ -25,9 +25,10 @@ from modelyard_server.runtimes.api import (
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.model_weights import ModelWeights, content_key
 from modelyard_server.runtimes.options import OptionReader
+from modelyard_server.runtimes.signature import ANY, Signature, TensorKind
 from modelyard_server.runtimes.targets import Place
 from modelyard_server.runtimes.template_cache import TemplateCache, tensors_digest
-from modelyard_server.runtimes.tensors import TensorValue
+from modelyard_server.runtimes.tensors import DType, TensorValue
 from modelyard_server.runtimes.torch_model import TorchModel, check_parameters, input_names
 from modelyard_server.weights.activation_model import RunEstimate
 from modelyard_server.weights.first_runs import FirstRuns
@@ -165,6 +166,16 @@ class TorchRuntime(Runtime):
             forget_frames(error)
             raise
 
+    def signature(self, spec: ModelSpec, input_names: Sequence[str] = ()) -> Signature:
+        """Names, as far as options or the module say them; types and shapes are an example."""
+        options = self._read_options(spec)
+        return Signature(
+            inputs=_examples(options.inputs or tuple(input_names) or ("input",)),
+            outputs=_examples(options.outputs or ("output_0",)),
+            is_exact=False,
+            shares_runs=options.most_rows is not None,
+        )
+
     def check_request(
         self,
         spec: ModelSpec,
@@ -232,6 +243,7 @@ class TorchRuntime(Runtime):
                 structure=structure,
                 shared=shared,
                 runs=RunEstimate(key=_key_of_runs(key)) if self._measures_runs else None,
+                input_names=layout.input_names,
             ),
             key=key,
         )
@@ -327,6 +339,10 @@ class TorchRuntime(Runtime):
         except RuntimeError as error:
             raise ModelFilesError("the weights do not fit the factory's module") from error
         return module
+
+
+def _examples(names: Sequence[str]) -> tuple[TensorKind, ...]:
+    return tuple(TensorKind(name, DType.FLOAT32, (ANY,)) for name in names)
 
 
 def _key_of_runs(key: Hashable) -> str:

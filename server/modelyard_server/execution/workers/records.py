@@ -114,6 +114,7 @@ def encode_price(price: Price) -> Json:
         "shared": dict(price.shared),
         "activation_bytes": price.activation_bytes,
         "runs": encode_estimate(price.runs),
+        "input_names": list(price.input_names),
     }
 
 
@@ -131,6 +132,7 @@ def decode_price(encoded: Json) -> Price:
         shared=shared,
         activation_bytes=_size(encoded["activation_bytes"]),
         runs=decode_estimate(encoded["runs"]),
+        input_names=tuple([_text(name) for name in encoded["input_names"]]),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,12 +18,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from modelyard_server.runtimes.api import OptionError
+from modelyard_server.runtimes.api import JsonValue, OptionError, Prepared
 from modelyard_server.runtimes.conversion import to_value
+from modelyard_server.runtimes.frames import forget_frames
+from modelyard_server.runtimes.hf.generations import Generations
 from modelyard_server.runtimes.hf.model import HfModel, chunks
 from modelyard_server.runtimes.hf.requests import Sampling, read_writing, texts_of
 from modelyard_server.runtimes.hf.tokenizing import TextTokenizer
 from modelyard_server.runtimes.options import OptionReader
+from modelyard_server.runtimes.sessions import read_command
 from modelyard_server.runtimes.tensors import DType, TensorValue
 from modelyard_server.weights.storages import Spread
 
@@ -44,6 +47,8 @@ class TextGenerator(HfModel):
     Outputs:
         "text" TEXT [n], the continuation only; "token_count" INT64 [n], tokens written for it, the
         end token or those of the stop text included.
+
+    Runs of sessions (runtimes/sessions.py) share passes; all others run alone.
     """
 
     def __init__(
@@ -61,6 +66,51 @@ class TextGenerator(HfModel):
         self._batch_size = batch_size
         self._max_length = max_length
         self._end_ids = list(end_ids)
+        self._generations = Generations(
+            tokenizer, batch_size=batch_size, max_length=max_length, end_ids=end_ids
+        )
+
+    @property
+    def generations(self) -> Generations:
+        """Its sessions."""
+        return self._generations
+
+    def prepare(
+        self, inputs: Sequence[TensorValue], parameters: Mapping[str, JsonValue]
+    ) -> Prepared | None:
+        """Reads what a run of a session is to do; None for all others."""
+        try:
+            command = read_command(parameters)
+            return None if command is None else self._generations.prepare(command, inputs)
+        except BaseException as error:
+            forget_frames(error)
+            raise
+
+    def run_batch(self, requests: Sequence[Prepared]) -> Sequence[tuple[TensorValue, ...]]:
+        """Goes on with sessions, together."""
+        try:
+            with torch.inference_mode(), self._meter.run():
+                return self._generations.run(
+                    requests,
+                    self._module,
+                    device=self._input_device,
+                    measured=self._forward_pass,
+                )
+        except BaseException as error:
+            forget_frames(error)
+            raise
+
+    def close(self) -> None:
+        """Drops the module, and all sessions with what it remembers of them."""
+        self._generations.clear()
+        super().close()
+
+    @property
+    def _input_device(self) -> str:
+        # The library takes the device of the first parameter for the model's, and warns of tokens
+        # that are elsewhere; but not of tokens on host memory, which find their own way.
+        of_model = self._module.device.type
+        return self._device if torch.device(self._device).type == of_model else "cpu"
 
     def _answer(
         self, inputs: Sequence[TensorValue], parameters: OptionReader
@@ -77,10 +127,7 @@ class TextGenerator(HfModel):
         encodings = self._tokenizer.encode(name, texts)
         answers: list[str] = []
         counts: list[int] = []
-        # The library takes the device of the first parameter for the model's, and warns of tokens
-        # that are elsewhere; but not of tokens on host memory, which find their own way.
-        of_model = self._module.device.type
-        device = self._device if torch.device(self._device).type == of_model else "cpu"
+        device = self._input_device
         for part in chunks(len(encodings), self._batch_size):
             width = max(map(len, encodings[part]))
             rows = len(encodings[part])

@@ -33,6 +33,7 @@ from modelyard_server.runtimes.api import (
 )
 from modelyard_server.runtimes.frames import forget_frames
 from modelyard_server.runtimes.hf.requests import check_request
+from modelyard_server.runtimes.hf.signatures import signature_of
 from modelyard_server.runtimes.model_weights import ModelWeights, content_key
 from modelyard_server.runtimes.options import OptionReader
 from modelyard_server.runtimes.template_cache import tensors_digest
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from modelyard_server.runtimes.hf.skeletons import SkeletonCache
     from modelyard_server.runtimes.hf.tokenizing import TokenizerCache
     from modelyard_server.runtimes.model_weights import PoolSource
+    from modelyard_server.runtimes.signature import Signature
     from modelyard_server.runtimes.targets import Place
     from modelyard_server.runtimes.tensors import TensorValue
     from modelyard_server.weights.holding import WeightPool
@@ -187,6 +189,10 @@ class TransformersRuntime(Runtime):
         except BaseException as error:
             forget_frames(error)
             raise
+
+    def signature(self, spec: ModelSpec, input_names: Sequence[str] = ()) -> Signature:
+        """Says what the task takes and gives."""
+        return signature_of(spec.task, _read_options(spec).pooling)
 
     def check_request(
         self,

@@ -142,6 +142,34 @@ class TextTokenizer:
                 raise TensorError(name, f"text {index} has no tokens for this model")
         return encodings
 
+    def encode_whole(self, name: str, text: str, *, most: int) -> tuple[tokenizers.Encoding, bool]:
+        """Returns all tokens of a text, whatever `limit` says, special ones included.
+
+        Args:
+            name: name of the tensor that held the text.
+            text: any text.
+            most: tokens that are of interest: of a text that surely has more only a part is looked
+                at.
+
+        Returns:
+            The tokens; and whether they are all of them. If not, they are more than `most`.
+
+        Raises:
+            TensorError: the text has no tokens.
+        """
+        # Looked at in steps: nobody knows how many characters a token of this text may have, and
+        # what takes longest is a text that is far too long.
+        length = _CHARS_A_TOKEN * (most + 1)
+        while len(text) > length:
+            encoding = self._tokenizer.encode(text[:length])
+            if len(encoding) > 2 * most:
+                return encoding, False
+            length *= 8
+        encoding = self._tokenizer.encode(text)
+        if not len(encoding):
+            raise TensorError(name, "has no tokens for this model")
+        return encoding, True
+
     def _encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         limit = self._limit
         if limit is None:
