@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelyard.devices import DeviceType
 from modelyard.v1 import (
@@ -42,19 +43,35 @@ from modelyard_server.runtimes.serving import make_serving_runtimes
 from modelyard_server.services.admin import AdminService
 from modelyard_server.services.batches import BatchService
 from modelyard_server.services.devices import DeviceService
+from modelyard_server.services.generation import GenerationService
 from modelyard_server.services.handler import draining, server_stream, unary
 from modelyard_server.services.inference import InferenceService
 from modelyard_server.services.models import ModelService
+from modelyard_server.services.oip import infer as oip_infer
+from modelyard_server.services.oip import models as oip_models
+from modelyard_server.services.oip.meanings import Meanings
+from modelyard_server.services.oip.repository import RepositoryService
+from modelyard_server.services.oip.service import oip_handlers
+from modelyard_server.services.oip.statistics import StatisticsService
+from modelyard_server.services.prediction_streams import PredictionStreamService
 from modelyard_server.services.recording import RecordingService
 from modelyard_server.services.residencies import ResidencyService
 from modelyard_server.services.routes import RouteService
 from modelyard_server.services.status import defect_reply, reply_of
 from modelyard_server.services.watch import WatchService
 from modelyard_server.transport.aio import AioTransport, most_sent_bytes
-from modelyard_server.transport.api import Handlers, Streaming
+from modelyard_server.transport.api import Duplex, Handlers, Streaming
+from modelyard_server.transport.none import NoTransport
 from modelyard_server.weights.store import WeightStore
 
-__all__ = ["Application", "build"]
+if TYPE_CHECKING:
+    from modelyard_server.transport.http import HttpTransport
+
+__all__ = ["Application", "ExtraMissing", "build"]
+
+
+class ExtraMissing(Exception):
+    """The configuration asks for something that needs packages which are not installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +84,7 @@ class Application:
         host_tier: where copies of evicted models are kept; None if there is none.
         engine: where models live.
         residency: which of them are in memory.
+        inference: answers requests.
         catalog: which there are.
         registry: how they get there.
         plans: budgets, drains and placements together.
@@ -74,6 +92,8 @@ class Application:
         store: keeps the catalog and the plan.
         journal: what happened.
         transport: how calls come in.
+        handlers: what answers them.
+        http: how they come in without gRPC; None if they do not.
     """
 
     config: Config
@@ -81,22 +101,36 @@ class Application:
     host_tier: HostTier | None
     engine: Engine
     residency: Residency
+    inference: InferenceService
     catalog: Catalog
     registry: Registry
     plans: DevicePlans
     restorer: Restorer
     store: CatalogStore
     journal: Journal
-    transport: AioTransport
+    transport: AioTransport | NoTransport
+    handlers: Handlers
+    http: HttpTransport | None = None
 
     async def start(self) -> int:
-        """Starts the engine, registers the configured and the stored models, and begins to serve.
+        """Begins, and serves on the configured address.
 
         Returns:
             The port.
 
         Raises:
             PortInUse: the address is taken.
+            Refusal, StoreError: as `begin`.
+        """
+        await self.begin()
+        if self.http is not None:
+            await self.http.start(self.config.http.listen)
+        return await self.transport.start(self.config.server.listen)
+
+    async def begin(self) -> None:
+        """Starts the engine, and registers the configured and the stored models. Opens no port.
+
+        Raises:
             Refusal: a model of the configuration cannot be registered; its text names the model.
             StoreError: what was stored cannot be read.
         """
@@ -108,11 +142,18 @@ class Application:
             [_configured(model) for model in self.config.models],
             stored,
             [
-                RouteDraft(id=route.id, keys=route.keys, model=route.model)
+                RouteDraft(
+                    id=route.id, keys=route.keys, prefixes=route.prefixes, target=route.target
+                )
                 for route in self.config.routes
             ],
         )
-        return await self.transport.start(self.config.server.listen)
+
+    async def stop_being_healthy(self) -> None:
+        """Tells everybody who asks that requests should go elsewhere."""
+        if self.http is not None:
+            self.http.stop_being_healthy()
+        await self.transport.stop_being_healthy()
 
     async def stop(self, grace_s: float) -> bool:
         """Takes no new calls, answers those that run, and gives everything back.
@@ -124,25 +165,39 @@ class Application:
             False if something still runs: a model or a loader that hangs.
         """
         self.journal.close()
-        await self.transport.stop(grace_s)
+        async with asyncio.TaskGroup() as tasks:
+            if self.http is not None:
+                tasks.create_task(self.http.stop(grace_s), name="stop HTTP")
+            await self.transport.stop(grace_s)
+        await self.inference.stop()
         settled = await self.residency.close(grace_s)
         await self.store.close()
         return await self.engine.stop(grace_s if settled else 0) and settled
 
 
-def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -> Application:
+def build(
+    config: Config,
+    *,
+    probes: Mapping[DeviceType, Probe] | None = None,
+    connected: bool = True,
+) -> Application:
     """Wires an application. Opens the catalog's file, and starts nothing.
 
     Args:
         config: what is to be wired.
         probes: other probes of devices, by kind; those of this machine if None.
+        connected: False for one that only its own process calls.
 
     Raises:
         DeviceMissing: the configuration names a device that this machine has not.
         BudgetImpossible: its budgets promise more than there is.
         StoreError: the catalog's file cannot be used.
         weights.store.StoreError: the store of weights cannot be used.
+        ExtraMissing: it asks for HTTP, and what that needs is not installed.
     """
+    if config.http.listen:
+        # Before anything is made that would have to be given back.
+        _check_http()
     devices = take_inventory(config.devices, roots=config.roots.values(), using=probes)
     tier = take_host_tier(config.host_tier, devices, using=probes)
     names = tuple(device.name for device in devices)
@@ -207,6 +262,7 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
     max_deadline_s = config.server.max_deadline_s
     inference = InferenceService(
         table=catalog.keys,
+        routes=catalog,
         residency=residency,
         engine=engine,
         device_names=names,
@@ -216,6 +272,16 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
     handlers = _handlers(
         inference,
         BatchService(inference, most_answer_bytes=most_sent_bytes(config.server.max_message_bytes)),
+        PredictionStreamService(
+            inference,
+            most_answer_bytes=most_sent_bytes(config.server.max_message_bytes),
+            most_bytes_in_flight=most_sent_bytes(config.server.max_message_bytes),
+        ),
+        GenerationService(
+            inference,
+            engine=engine,
+            device_names=names,
+        ),
         ModelService(
             catalog=catalog,
             registry=registry,
@@ -253,30 +319,98 @@ def build(config: Config, *, probes: Mapping[DeviceType, Probe] | None = None) -
             residency=residency,
             engine=engine,
             figures=inference.figures,
+            shadows=inference.shadow_figures,
             runtimes=tuple(make_runtimes(config.allowed_factories)),
         ),
         WatchService(journal=journal, residency=residency, catalog=catalog, device_names=names),
         RecordingService(log=inference.log, catalog=catalog, residency=residency),
         acting=journal.acting,
     )
+    most_answer_bytes = most_sent_bytes(config.server.max_message_bytes)
+    meanings = Meanings(
+        meaning_of=inference.meaning_of,
+        routes=catalog,
+        residency=residency,
+        runtimes=make_runtimes(config.allowed_factories),
+    )
+    foreign = oip_handlers(
+        infer=oip_infer.InferService(
+            inference=inference,
+            meanings=meanings,
+            most_answer_bytes=most_answer_bytes,
+            most_bytes_in_flight=most_answer_bytes,
+        ),
+        models=oip_models.ModelService(meanings),
+        statistics=StatisticsService(
+            meanings=meanings,
+            catalog=catalog,
+            tallies=inference.tallies,
+            devices=[device.device for device in devices],
+        ),
+        repository=RepositoryService(
+            meanings=meanings,
+            names=catalog.names,
+            residency=residency,
+            max_deadline_s=max_deadline_s,
+            forgive=recovery.forgive,
+        ),
+        is_ready=lambda: transport.is_healthy,
+        acting=journal.acting,
+    )
+    transport: AioTransport | NoTransport = NoTransport()
+    if connected:
+        transport = AioTransport(
+            {**handlers, **foreign},
+            max_message_bytes=config.server.max_message_bytes,
+            defect=defect_reply,
+            draining=reply_of(draining()),
+        )
     return Application(
         config=config,
         devices=devices,
         host_tier=tier,
         engine=engine,
         residency=residency,
+        inference=inference,
         catalog=catalog,
         registry=registry,
         plans=plans,
         restorer=restorer,
         store=store,
         journal=journal,
-        transport=AioTransport(
-            handlers,
+        transport=transport,
+        handlers=handlers,
+        http=_make_http(config, handlers) if config.http.listen else None,
+    )
+
+
+def _check_http() -> None:
+    """Raises ExtraMissing if what HTTP needs is not installed."""
+    try:
+        import modelyard_server.services.http_methods
+        import modelyard_server.transport.http  # noqa: F401  # for their imports
+    except ModuleNotFoundError as error:
+        raise ExtraMissing(
+            f"[http] needs packages that are not installed ({error.name} is missing): "
+            "pip install 'modelyard[http]', or leave [http] listen out"
+        ) from error
+
+
+def _make_http(config: Config, handlers: Handlers) -> HttpTransport:
+    from modelyard_server.services import http_methods
+    from modelyard_server.transport.connect import ConnectFront
+    from modelyard_server.transport.http import HttpTransport
+
+    return HttpTransport(
+        ConnectFront(
+            http_methods.http_methods(handlers),
             max_message_bytes=config.server.max_message_bytes,
+            origins=config.http.origins,
+            details=http_methods.details_of,
+            unreadable=http_methods.unreadable,
             defect=defect_reply,
             draining=reply_of(draining()),
-        ),
+        )
     )
 
 
@@ -325,6 +459,8 @@ def _make_engine(config: Config, devices: Sequence[ManagedDevice]) -> ThreadEngi
 def _handlers(
     inference: InferenceService,
     batches: BatchService,
+    streams: PredictionStreamService,
+    generations: GenerationService,
     models: ModelService,
     routes: RouteService,
     devices: DeviceService,
@@ -346,6 +482,8 @@ def _handlers(
         "modelyard.v1.InferenceService": {
             "Predict": inference.predict,
             "PredictBatch": batches.predict_batch,
+            "PredictStream": Duplex(streams.predict_stream),
+            "Generate": Streaming(generations.generate, is_finite=True),
         },
         "modelyard.v1.ModelService": {
             "CreateModel": unary(m.CreateModelRequest, models.create_model, acting=acting),
@@ -360,6 +498,8 @@ def _handlers(
             "ListRoutes": unary(k.ListRoutesRequest, routes.list_routes),
             "UpdateRoute": unary(k.UpdateRouteRequest, routes.update_route, acting=acting),
             "DeleteRoute": unary(k.DeleteRouteRequest, routes.delete_route, acting=acting),
+            "PromoteCanary": unary(k.PromoteCanaryRequest, routes.promote_canary, acting=acting),
+            "AbortCanary": unary(k.AbortCanaryRequest, routes.abort_canary, acting=acting),
             "ResolveRoute": unary(k.ResolveRouteRequest, routes.resolve_route),
         },
         "modelyard.v1.DeviceService": {

@@ -59,6 +59,7 @@ class Reason(enum.Enum):
     CATALOG_UNAVAILABLE = Code.UNAVAILABLE, 23
     WORKER_LOST = Code.UNAVAILABLE, 24
     ANSWER_TOO_LARGE = Code.RESOURCE_EXHAUSTED, 25
+    UNSUPPORTED = Code.UNIMPLEMENTED, 26
 
     @property
     def code(self) -> Code:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from modelyard_server.app import Application, build
+from modelyard_server.app import Application, ExtraMissing, build
 from modelyard_server.catalog.store import StoreError
 from modelyard_server.config import Config
 from modelyard_server.devices.inventory import BudgetImpossible, DeviceMissing
@@ -24,6 +24,7 @@ from modelyard_server.execution.discipline import (
 from modelyard_server.execution.workers.keeper import NoWorker
 from modelyard_server.observability.log import start_logging
 from modelyard_server.transport.aio import PortInUse
+from modelyard_server.transport.api import CannotListen
 from modelyard_server.weights import store as weights_store
 
 __all__ = ["EXIT_CANNOT_START", "run_server"]
@@ -53,8 +54,8 @@ def run_server(config: Config) -> int:
     try:
         return asyncio.run(_serve(config))
     except (
-        *(PortInUse, DeviceMissing, BudgetImpossible, NoWorker),
-        *(StoreError, weights_store.StoreError, Refusal),
+        *(PortInUse, CannotListen, DeviceMissing, BudgetImpossible, NoWorker),
+        *(StoreError, weights_store.StoreError, Refusal, ExtraMissing),
     ) as error:
         print(f"modelyard: {error}", file=sys.stderr)
         return EXIT_CANNOT_START
@@ -97,12 +98,16 @@ async def _serve(config: Config) -> int:
         raise
     baseline = settle_process()
     _warn_of_promises(app, baseline)
-    host = config.server.host
-    shown = f"[{host}]" if ":" in host else host
-    print(f"modelyard is serving on {shown}:{port}", flush=True)
+    if app.http is not None:
+        print(f"modelyard serves HTTP on {_shown(config.http.host)}:{app.http.port}")
+    print(f"modelyard is serving on {_shown(config.server.host)}:{port}", flush=True)
     await stop.wait()
     await _shut_down(app)
     return 0
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _warn_of_promises(app: Application, baseline: ProcessMemory) -> None:
@@ -123,7 +128,7 @@ def _warn_of_promises(app: Application, baseline: ProcessMemory) -> None:
 async def _shut_down(app: Application) -> None:
     """Tells everybody first, so that clients go elsewhere before calls are turned away."""
     logger.info("shutting down")
-    await app.transport.stop_being_healthy()
+    await app.stop_being_healthy()
     await asyncio.sleep(_LAME_DUCK_S)
     if not await app.stop(app.config.server.shutdown_grace_s):
         # A thread that hangs in somebody's code cannot be ended, and would keep the process.

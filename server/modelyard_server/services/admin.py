@@ -21,6 +21,7 @@ from modelyard_server.observability.process import (
 from modelyard_server.residency.shell import Residency
 from modelyard_server.residency.values import Departures, TierUse
 from modelyard_server.services.inference import InferenceFigures
+from modelyard_server.services.shadows import ShadowFigures
 from modelyard_server.transport.api import Call
 
 __all__ = ["AdminService"]
@@ -40,11 +41,13 @@ class AdminService:
         residency: Residency,
         engine: Engine,
         figures: InferenceFigures,
+        shadows: ShadowFigures,
         runtimes: Sequence[str],
     ) -> None:
         self._residency = residency
         self._engine = engine
         self._figures = figures
+        self._shadows = shadows
         self._runtimes = tuple(sorted(runtimes))
         self._started = datetime.now(UTC)
 
@@ -90,6 +93,10 @@ class AdminService:
         )
         response.departures.CopyFrom(_departures_message(self._residency.departures))
         response.batches.CopyFrom(_batches_message(self._engine.figures))
+        shadows = self._shadows
+        response.shadows.answered_count = shadows.answered_count
+        response.shadows.failed_count = shadows.failed_count
+        response.shadows.dropped_count = shadows.dropped_count
         tier = self._residency.tier_use()
         if tier is not None:
             response.host_tier.CopyFrom(_tier_message(tier, self._engine.copies.measured_bytes))

@@ -14,7 +14,6 @@ for all.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,11 +25,17 @@ from google.protobuf.message import DecodeError
 from modelyard.v1 import inference_service_pb2 as pb
 from modelyard_server.errors import Reason, Refusal, Violation
 from modelyard_server.residency.shell import Lease
-from modelyard_server.services.handler import invalid, new_error_id
-from modelyard_server.services.inference import MOST_WORKERS, Asked, InferenceService
+from modelyard_server.services.asked import Asked, AskedRoute
+from modelyard_server.services.handler import defect, invalid
+from modelyard_server.services.inference import MOST_WORKERS, InferenceService, served_of
 from modelyard_server.services.request_log import RequestFacts
 from modelyard_server.services.status import item_error_of, reply_of
-from modelyard_server.services.tensors import item_spans, parse_request, serialize_batch
+from modelyard_server.services.tensors import (
+    item_spans,
+    parse_request,
+    serialize_batch,
+    serialize_response,
+)
 from modelyard_server.transport.api import Call, StatusReply
 
 __all__ = ["MOST_ITEMS", "BatchService"]
@@ -50,15 +55,13 @@ _ERROR_BYTES = 2048
 _FRAME_BYTES = 16
 """What is around an answer in the message."""
 
-_ITEM_MARGIN_S = 0.001
+_ITEM_MARGIN_S = 0.003
 """What an item that is unfinished at the deadline may take to be told so."""
 
 _MOST_MARGIN = 0.1
 """Of the time that the caller will wait."""
 
 _NS = 1_000_000_000
-
-logger = logging.getLogger(__name__)
 
 _Parsed = tuple[pb.PredictRequest, dict[int, bytes]]
 
@@ -129,6 +132,13 @@ class _Item:
     facts: RequestFacts
 
 
+@dataclass(frozen=True, slots=True)
+class _RoutedItem:
+    position: int
+    asked: AskedRoute
+    facts: RequestFacts
+
+
 @dataclass(slots=True)
 class _Group:
     """Items of one model.
@@ -190,9 +200,12 @@ class _Batch:
         figures.active_count += len(parsed)
         count = len(parsed)
         groups: dict[str, _Group] = {}
+        routed: deque[_RoutedItem] = deque()
         try:
-            await self._put_into(groups, parsed)
+            await self._put_into(groups, routed, parsed)
             async with asyncio.TaskGroup() as tasks:
+                for _ in range(min(len(routed), _MOST_AT_ONCE)):
+                    tasks.create_task(self._work_routed(routed), name="items of routes")
                 for model, group in groups.items():
                     # The first of a group asks for the model; so many can follow it at once.
                     for _ in range(min(len(group.left), _MOST_AT_ONCE)):
@@ -203,8 +216,13 @@ class _Batch:
                 group.drop_spare()
         return self._results
 
-    async def _put_into(self, groups: dict[str, _Group], parsed: list[_Parsed]) -> None:
-        """Puts the items that can be asked for into groups, by model, and refuses the others."""
+    async def _put_into(
+        self, groups: dict[str, _Group], routed: deque[_RoutedItem], parsed: list[_Parsed]
+    ) -> None:
+        """Puts the items that can be asked for into groups, by model, and refuses the others.
+
+        What a route says more of than one model is each item's own matter: those are in `routed`.
+        """
         parsed.reverse()
         for position in range(len(parsed)):
             request, contents = parsed.pop()
@@ -214,11 +232,14 @@ class _Batch:
             except Refusal as refusal:
                 self._refuse(position, facts, refusal)
             except Exception:
-                self._refuse(position, facts, _defect())
+                self._refuse(position, facts, defect("an item of a batch"))
             else:
-                group = groups.setdefault(asked.model.id, _Group())
-                group.left.append(_Item(position, asked, facts))
-                group.pending += 1
+                if isinstance(asked, AskedRoute):
+                    routed.append(_RoutedItem(position, asked, facts))
+                else:
+                    group = groups.setdefault(asked.model.id, _Group())
+                    group.left.append(_Item(position, asked, facts))
+                    group.pending += 1
             if position % _BREATH == _BREATH - 1:
                 await asyncio.sleep(0)
 
@@ -229,15 +250,35 @@ class _Batch:
             # Models that answer at once would otherwise keep everybody else waiting.
             await asyncio.sleep(0)
 
+    async def _work_routed(self, left: deque[_RoutedItem]) -> None:
+        """Answers one item of a route after the other, until none is left."""
+        while left:
+            item = left.popleft()
+            try:
+                outputs = await self._inference.answer(
+                    item.asked, item.facts, self._timeout_s, self._client
+                )
+                reply = serialize_response(outputs, served_of(item.facts))
+                self._add_size(len(reply))
+            except Refusal as refusal:
+                self._refuse(item.position, item.facts, refusal)
+            except Exception:
+                self._refuse(item.position, item.facts, defect("an item of a batch"))
+            else:
+                self._results[item.position] = reply
+                self._inference.note_answered(item.facts)
+            await asyncio.sleep(0)
+
     async def _answer_item(
         self, group: _Group, item: _Item, *, workers: int = MOST_WORKERS
     ) -> None:
         facts = item.facts
         try:
             lease = await self._lease(group, item)
-            reply = await self._inference.run(
+            outputs = await self._inference.run(
                 item.asked, lease, facts, self._timeout_s, self._client
             )
+            reply = serialize_response(outputs, served_of(facts))
             self._add_size(len(reply))
         except Refusal as refusal:
             if refusal.reason is Reason.WORKER_LOST and workers > 1:
@@ -248,7 +289,7 @@ class _Batch:
             else:
                 self._refuse(item.position, facts, refusal)
         except Exception:
-            self._refuse(item.position, facts, _defect())
+            self._refuse(item.position, facts, defect("an item of a batch"))
         else:
             self._results[item.position] = reply
             self._inference.note_answered(facts)
@@ -302,12 +343,3 @@ class _Batch:
                 metadata={"size_bytes": str(size_bytes), "limit_bytes": str(limit)},
             )
         self._answer_bytes += size_bytes
-
-
-def _defect() -> Refusal:
-    """Logs the exception that is being handled, and says no more of it than where it is found."""
-    error_id = new_error_id()
-    logger.exception("defect %s: an item of a batch", error_id)
-    return Refusal(
-        Reason.INTERNAL, f"internal error; error_id={error_id}", metadata={"error_id": error_id}
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractContextManager, aclosing
@@ -13,8 +14,9 @@ from modelyard_server.errors import Reason, Refusal, Violation
 from modelyard_server.services.status import reply_of
 from modelyard_server.transport.api import Call, Handler, StatusReply, StreamHandler
 
-__all__ = ["draining", "invalid", "new_error_id", "server_stream", "unary"]
+__all__ = ["defect", "draining", "invalid", "new_error_id", "server_stream", "unary"]
 
+logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=Message)
 
@@ -31,6 +33,19 @@ def invalid(*violations: Violation) -> Refusal:
         for violation in violations
     )
     return Refusal(Reason.INVALID_FIELD, text, violations=violations)
+
+
+def defect(what: str) -> Refusal:
+    """INTERNAL. Logs the exception that is being handled, and says where it is found and no more.
+
+    Args:
+        what: failed, for the log.
+    """
+    error_id = new_error_id()
+    logger.exception("defect %s: %s", error_id, what)
+    return Refusal(
+        Reason.INTERNAL, f"internal error; error_id={error_id}", metadata={"error_id": error_id}
+    )
 
 
 def draining() -> Refusal:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any, Final, assert_never
 
@@ -19,26 +18,41 @@ from google.protobuf.message import DecodeError
 
 from modelyard.v1 import inference_service_pb2 as pb
 from modelyard_server.catalog.model import Model
+from modelyard_server.catalog.route import Route
+from modelyard_server.catalog.route_view import RouteView
 from modelyard_server.errors import Reason, Refusal, Resource, Violation
 from modelyard_server.execution.dispatch import run_leased
 from modelyard_server.execution.engine import Engine, ModelFailed, WorkerLost
 from modelyard_server.residency.shell import Lease, Residency, heir_of
-from modelyard_server.routing.resolve import resolve
+from modelyard_server.routing.resolve import Plan, resolve
 from modelyard_server.runtimes.api import JsonValue, OptionError
 from modelyard_server.runtimes.tensors import TensorError, TensorValue
+from modelyard_server.services.asked import Asked, AskedRoute
 from modelyard_server.services.handler import invalid, new_error_id
 from modelyard_server.services.request_log import RequestFacts, RequestLog
+from modelyard_server.services.routed import RouteRunner
+from modelyard_server.services.shadows import ShadowFigures
 from modelyard_server.services.status import reply_of
 from modelyard_server.services.structs import plain_values
+from modelyard_server.services.tallies import ModelTallies
 from modelyard_server.services.tensors import parse_request, serialize_response, to_value
 from modelyard_server.transport.api import Call, StatusReply
 
-__all__ = ["MOST_WORKERS", "Asked", "InferenceFigures", "InferenceService"]
+__all__ = [
+    "MOST_AFFINITY_BYTES",
+    "MOST_WORKERS",
+    "InferenceFigures",
+    "InferenceService",
+    "served_of",
+]
 
 logger = logging.getLogger(__name__)
 
 MOST_WORKERS: Final = 3
 """How many workers in a row a request is given to that begins in none of them."""
+
+MOST_AFFINITY_BYTES: Final = 256
+"""Of PredictRequest.affinity, as UTF-8."""
 
 _NS = 1_000_000_000
 _RELOAD_S = 0.1
@@ -58,28 +72,12 @@ class InferenceFigures:
         self.error_counts: Counter[str] = Counter()
 
 
-@dataclass(slots=True)
-class Asked:
-    """A request, read and checked in itself.
-
-    Attributes:
-        request: as it came.
-        model: what its key means.
-        inputs: its tensors.
-        parameters: of this run.
-    """
-
-    request: pb.PredictRequest
-    model: Model
-    inputs: tuple[TensorValue, ...]
-    parameters: Mapping[str, JsonValue]
-
-
 class InferenceService:
     """Answers Predict.
 
     Args:
-        table: what each key means; a live view.
+        table: what each key means that means one model; a live view.
+        routes: what all other keys mean; a live view.
         residency: leases models.
         engine: runs them.
         device_names: resource names of the devices, by position.
@@ -89,12 +87,14 @@ class InferenceService:
     Attributes:
         figures: what it has done.
         log: is told of every request that ends, while anybody follows it.
+        tallies: what each model has done.
     """
 
     def __init__(
         self,
         *,
         table: Mapping[str, Model],
+        routes: RouteView,
         residency: Residency,
         engine: Engine,
         device_names: tuple[str, ...],
@@ -102,13 +102,17 @@ class InferenceService:
         max_deadline_s: float,
     ) -> None:
         self._table = table
+        self._routes = routes
         self._residency = residency
         self._engine = engine
         self._device_names = device_names
         self._default_deadline_s = default_deadline_s
         self._max_deadline_s = max_deadline_s
+        self._running = [0] * len(device_names)
         self.figures = InferenceFigures()
         self.log = RequestLog()
+        self._routed = RouteRunner(routes=routes, models=self, residency=residency)
+        self.tallies = ModelTallies()
 
     async def predict(self, call: Call) -> bytes | StatusReply:
         """See InferenceService.Predict in proto/modelyard/v1/inference_service.proto."""
@@ -128,25 +132,70 @@ class InferenceService:
 
     async def _predict(self, call: Call, facts: RequestFacts) -> bytes:
         try:
-            request, contents = parse_request(call.body)
+            parsed = parse_request(call.body)
         except DecodeError:
             raise invalid(Violation("", "the message is no PredictRequest")) from None
+        facts.arrived_ns = monotonic_ns()
+        return await self.answer_one(*parsed, self.timeout_s(call), call.client, facts)
+
+    async def answer_one(
+        self,
+        request: pb.PredictRequest,
+        contents: Mapping[int, bytes],
+        timeout_s: float,
+        client: Callable[[], str],
+        facts: RequestFacts,
+    ) -> bytes:
+        """The whole way of one request: to its PredictResponse, serialized.
+
+        Args:
+            request: as it was parsed.
+            contents: of its large inputs, by position; see parse_request.
+            timeout_s: from its arrival.
+            client: says whose it is; see Engine.run.
+            facts: of it, with `arrived_ns`; what is found out is noted there. Whoever asks counts
+                it, by note_answered or note_refused.
+
+        Raises:
+            Refusal: as Predict says.
+        """
         asked = self.read(request, contents, facts)
-        timeout_s = self.timeout_s(call)
-        facts.arrived_ns = began_ns = monotonic_ns()
-        deadline_ns = began_ns + int(timeout_s * _NS)
+        outputs = await self.answer(asked, facts, timeout_s, client)
+        return serialize_response(outputs, served_of(facts))
+
+    async def answer(
+        self,
+        asked: Asked | AskedRoute,
+        facts: RequestFacts,
+        timeout_s: float,
+        client: Callable[[], str],
+    ) -> tuple[TensorValue, ...]:
+        """The outputs of a request: waits for its models and runs them.
+
+        Args:
+            asked: the request, as `read` gives it.
+            facts: of it, with `arrived_ns`; what is found out is noted there, for `served_of`.
+            timeout_s: from its arrival.
+            client: says whose it is; see Engine.run.
+
+        Raises:
+            Refusal: whatever Predict may end with. It is not counted yet; see note_refused.
+        """
+        if isinstance(asked, AskedRoute):
+            return await self._routed.answer(asked, facts, timeout_s, client)
+        deadline_ns = facts.arrived_ns + int(timeout_s * _NS)
         lease = self._residency.try_lease(asked.model.handle, deadline_ns)
         for _ in range(MOST_WORKERS - 1):
             lease = lease or await self._wait_cold(asked, facts, deadline_ns)
             try:
-                return await self.run(asked, lease, facts, timeout_s, call.client)
+                return await self.run(asked, lease, facts, timeout_s, client)
             except Refusal as refusal:
                 if refusal.reason is not Reason.WORKER_LOST:
                     raise
             # Its key may mean something else by now.
             lease = self.try_lease(asked, deadline_ns)
         lease = lease or await self._wait_cold(asked, facts, deadline_ns)
-        return await self.run(asked, lease, facts, timeout_s, call.client)
+        return await self.run(asked, lease, facts, timeout_s, client)
 
     async def _wait_cold(self, asked: Asked, facts: RequestFacts, deadline_ns: int) -> Lease:
         """Waits for a model that is not there. Raises as check and wait do."""
@@ -161,7 +210,7 @@ class InferenceService:
 
     def read(
         self, request: pb.PredictRequest, contents: Mapping[int, bytes], facts: RequestFacts
-    ) -> Asked:
+    ) -> Asked | AskedRoute:
         """What a request asks for, checked in itself.
 
         Args:
@@ -173,14 +222,59 @@ class InferenceService:
             Refusal: INVALID_FIELD, INVALID_TENSOR or KEY_NOT_FOUND.
         """
         facts.key = request.key
-        model = resolve(self._table, request.key)
-        facts.model = model.id
+        meant = self.meaning_of(request.key)
         inputs = _inputs_of(request, contents)
-        facts.row_count = inputs[0].shape[0] if inputs[0].shape else 1
         parameters = (
             plain_values(request.parameters, "parameters") if request.HasField("parameters") else {}
         )
-        return Asked(request, model, inputs, parameters)
+        return self.asked(
+            request.key, meant, inputs, parameters, request.affinity, request.version, facts
+        )
+
+    def meaning_of(self, key: str) -> Model | Route:
+        """What a key means: a model, or the route that says more.
+
+        Raises:
+            Refusal: KEY_NOT_FOUND, or INVALID_FIELD for what can be no key.
+        """
+        return self._table.get(key) or resolve(self._table, self._routes, key)
+
+    def asked(
+        self,
+        key: str,
+        meant: Model | Route,
+        inputs: tuple[TensorValue, ...],
+        parameters: Mapping[str, JsonValue],
+        affinity: str,
+        version: str,
+        facts: RequestFacts,
+    ) -> Asked | AskedRoute:
+        """A request, from its parts; see PredictRequest.
+
+        Args:
+            key: what it asks for.
+            meant: what that means.
+            inputs: at least one.
+            parameters: of this run.
+            affinity: what choices go by; empty for none.
+            version: the version that is meant; empty for the current one.
+            facts: of it; what is found out is noted there.
+
+        Raises:
+            Refusal: INVALID_FIELD.
+        """
+        facts.row_count = inputs[0].shape[0] if inputs[0].shape else 1
+        if affinity and len(affinity.encode()) > MOST_AFFINITY_BYTES:
+            raise invalid(Violation("affinity", f"is longer than {MOST_AFFINITY_BYTES} bytes"))
+        if isinstance(meant, Model):
+            facts.model = meant.id
+            if meant.id != key and (route := self._routes.route_of(key)) is not None:
+                facts.route = route.id
+            if version:
+                raise invalid(Violation("version", f"the key {key!r} means a model, not versions"))
+            return Asked(key, meant, inputs, parameters)
+        facts.route = meant.id
+        return AskedRoute(key, meant, inputs, parameters, affinity, version)
 
     def try_lease(self, asked: Asked, deadline_ns: int) -> Lease | None:
         """A lease if the model is resident now and can answer before the deadline.
@@ -188,7 +282,9 @@ class InferenceService:
         Raises:
             Refusal: KEY_NOT_FOUND, if the key has lost its meaning since it was read.
         """
-        asked.model = resolve(self._table, asked.request.key)
+        meant = self.meaning_of(asked.key)
+        if isinstance(meant, Model):  # Else a route says more by now: it means what it did.
+            asked.model = meant
         return self._residency.try_lease(asked.model.handle, deadline_ns)
 
     def lease_again(self, asked: Asked, lease: Lease) -> Lease | None:
@@ -197,7 +293,7 @@ class InferenceService:
         Returns:
             None if the model is to leave, or is not what the request's key means any more.
         """
-        model = self._table.get(asked.request.key)
+        model = self._table.get(asked.key)
         if model is None or model.handle is not lease.handle:
             return None
         return self._residency.try_lease(model.handle)
@@ -220,8 +316,8 @@ class InferenceService:
         facts: RequestFacts,
         timeout_s: float,
         client: Callable[[], str],
-    ) -> bytes:
-        """Runs a request and returns its PredictResponse, serialized. Takes the lease over.
+    ) -> tuple[TensorValue, ...]:
+        """Runs a request and returns its outputs. Takes the lease over.
 
         Args:
             asked: the request.
@@ -234,10 +330,12 @@ class InferenceService:
             Refusal: INVALID_TENSOR, INVALID_FIELD, MODEL_FAILED, WORKER_LOST or DEADLINE_IN_RUN.
         """
         facts.leased_ns = leased_ns = monotonic_ns()
-        facts.device = device = self._device_names[lease.device]
+        device = lease.device
+        facts.device = self._device_names[device]
         # Its key may have got another meaning since it was read.
         facts.model = lease.handle.name
         waited_ns = leased_ns - facts.arrived_ns
+        self._running[device] += 1
         try:
             outputs = await run_leased(
                 self._engine,
@@ -250,15 +348,27 @@ class InferenceService:
             )
         except (TensorError, OptionError, ModelFailed, WorkerLost) as error:
             raise _refusal_of(asked, error) from None
-        facts.ended_ns = ended_ns = monotonic_ns()
-        served = pb.Served(model=f"models/{facts.model}", device=device)
-        _set_duration(served.wait_duration, waited_ns)
-        _set_duration(served.run_duration, ended_ns - leased_ns)
-        if facts.cold:
-            served.cold = True
-            if facts.load_s is not None:
-                _set_duration(served.load_duration, int(facts.load_s * _NS))
-        return serialize_response(outputs, served)
+        finally:
+            self._running[device] -= 1
+        facts.ended_ns = monotonic_ns()
+        return outputs
+
+    def plan(self, asked: AskedRoute) -> Plan:
+        """What a request for a route is to do. Raises Refusal INVALID_FIELD."""
+        return self._routed.plan(asked)
+
+    def is_idle(self, device: int) -> bool:
+        """True if no request runs on a device, by its position, or waits in its lane."""
+        return not self._running[device]
+
+    @property
+    def shadow_figures(self) -> ShadowFigures:
+        """What has become of requests that models were tried with."""
+        return self._routed.shadows.figures
+
+    async def stop(self) -> None:
+        """Ends what nobody waits for."""
+        await self._routed.shadows.stop()
 
     def note_answered(self, facts: RequestFacts) -> None:
         """Counts a request that was answered, and tells of it if anybody wants to know."""
@@ -268,12 +378,14 @@ class InferenceService:
             figures.cold_count += 1
         else:
             figures.hit_count += 1
+        self.tallies.note_answered(facts)
         if self.log.followed:
             self.log.add(facts)
 
     def note_refused(self, facts: RequestFacts, refusal: Refusal) -> None:
         """Counts a request that was refused or failed, and tells of it as note_answered does."""
         self.figures.error_counts[refusal.reason.name] += 1
+        self.tallies.note_failed(facts)
         if self.log.followed:
             facts.reason = refusal.reason
             facts.ended_ns = monotonic_ns()
@@ -307,10 +419,37 @@ class InferenceService:
         A little less than the caller will wait, so that it learns in which phase its deadline
         passed instead of hearing nothing.
         """
+        wanted = self.allowed_s(call.remaining_s)
         if call.remaining_s is None:
-            return self._default_deadline_s
-        wanted = min(call.remaining_s, self._max_deadline_s)
+            return wanted
         return wanted - min(wanted * _ANSWER_MARGIN, _MOST_MARGIN_S)
+
+    def allowed_s(self, wanted_s: float | None) -> float:
+        """How long a request may take that wants so long; None for the default."""
+        return self._default_deadline_s if wanted_s is None else min(wanted_s, self._max_deadline_s)
+
+    @staticmethod
+    def failure_of(model: Model, error: ModelFailed) -> Refusal:
+        """MODEL_FAILED; what the model raised goes to the log."""
+        return _failed(model, error)
+
+
+def served_of(facts: RequestFacts) -> pb.Served:
+    """What an answer says of how it came about."""
+    served = pb.Served(model=f"models/{facts.model}" if facts.model else "", device=facts.device)
+    _set_duration(served.wait_duration, facts.leased_ns - facts.arrived_ns)
+    _set_duration(served.run_duration, facts.ended_ns - facts.leased_ns)
+    if facts.cold:
+        served.cold = True
+        if facts.load_s is not None:
+            _set_duration(served.load_duration, int(facts.load_s * _NS))
+    if facts.route:
+        served.route = f"routes/{facts.route}"
+        served.branch = facts.branch
+        served.version = facts.version
+    for step in facts.steps:
+        served.steps.append(served_of(step))
+    return served
 
 
 def _inputs_of(
@@ -337,8 +476,8 @@ def _inputs_of(
     return tuple(values)
 
 
-def _invalid_tensor(request: pb.PredictRequest, error: TensorError) -> Refusal:
-    names = [message.name for message in request.inputs]
+def _invalid_tensor(asked: Asked, error: TensorError) -> Refusal:
+    names = [value.name for value in asked.inputs]
     field = f"inputs[{names.index(error.tensor)}]" if error.tensor in names else "inputs"
     return Refusal(
         Reason.INVALID_TENSOR,
@@ -352,7 +491,7 @@ def _refusal_of(
 ) -> Refusal:
     match error:
         case TensorError():
-            return _invalid_tensor(asked.request, error)
+            return _invalid_tensor(asked, error)
         case OptionError():
             return invalid(Violation(f"parameters.{error.option}", error.text))
         case ModelFailed():

@@ -10,16 +10,17 @@ from typing import Any
 from modelyard.v1 import model_pb2
 from modelyard.v1 import model_service_pb2 as pb
 from modelyard_server.catalog.catalog import Catalog
-from modelyard_server.catalog.model import Model, ModelDraft, Registration, is_model_id
+from modelyard_server.catalog.model import Model, ModelDraft, Registration
 from modelyard_server.catalog.records import Owner
 from modelyard_server.catalog.registry import Registry
 from modelyard_server.catalog.writes import Writes
-from modelyard_server.errors import Reason, Refusal, Resource, Violation
+from modelyard_server.errors import Violation
 from modelyard_server.residency.shell import Residency
 from modelyard_server.services.handler import invalid
-from modelyard_server.services.once import Answered, once
+from modelyard_server.services.once import Answered, checked_once, once
 from modelyard_server.services.paging import page
 from modelyard_server.services.placements import put_placement, read_placement_of, way_message
+from modelyard_server.services.resources import check_etag, id_in, unknown_fields
 from modelyard_server.services.structs import plain_values
 from modelyard_server.transport.api import Call
 
@@ -36,10 +37,7 @@ _ANSWER_MARGIN = 0.05
 
 def model_id_of(name: str, field: str) -> str:
     """The id in a resource name "models/{model}". Raises Refusal INVALID_FIELD."""
-    model_id = name.removeprefix("models/")
-    if model_id == name or not is_model_id(model_id):
-        raise invalid(Violation(field, 'must be "models/{model}"'))
-    return model_id
+    return id_in(name, "model", field)
 
 
 def deadline_ns_of(call: Call, most_s: float) -> int:
@@ -89,17 +87,16 @@ class ModelService:
         def answer(created: Registration) -> pb.CreateModelResponse:
             return pb.CreateModelResponse(model=self._message(created, pinned=False))
 
-        async def check() -> pb.CreateModelResponse:
-            return answer(await self._registry.create(draft, validate_only=True))
-
-        async def change(answered: Answered) -> pb.CreateModelResponse:
+        async def create(*, validate_only: bool, answered: Answered) -> pb.CreateModelResponse:
             return answer(
-                await self._registry.create(draft, remember=lambda found: answered(answer(found)))
+                await self._registry.create(
+                    draft,
+                    validate_only=validate_only,
+                    remember=lambda found: answered(answer(found)),
+                )
             )
 
-        if request.validate_only:
-            return await check()
-        return await once(self._writes, request, pb.CreateModelResponse, change, check=check)
+        return await checked_once(self._writes, request, pb.CreateModelResponse, create)
 
     async def get_model(self, request: pb.GetModelRequest, call: Call) -> pb.GetModelResponse:
         """See ModelService.GetModel."""
@@ -127,11 +124,9 @@ class ModelService:
         fields = _fields_of(request)
         deadline_ns = deadline_ns_of(call, self._max_deadline_s)
 
-        async def update(
-            *, validate_only: bool, answered: Answered | None = None
-        ) -> pb.UpdateModelResponse:
+        async def update(*, validate_only: bool, answered: Answered) -> pb.UpdateModelResponse:
             old = self._catalog.get(model_id)
-            self._check_etag(old, request.model.etag, request.model.name)
+            check_etag("model", request.model.name, given=request.model.etag, current=old.etag)
             pinned = self._is_pinned(old)
 
             def answer(updated: Registration) -> pb.UpdateModelResponse:
@@ -145,19 +140,11 @@ class ModelService:
                     reload=fields != {"keys"},
                     deadline_ns=deadline_ns,
                     validate_only=validate_only,
-                    remember=lambda found: None if answered is None else answered(answer(found)),
+                    remember=lambda found: answered(answer(found)),
                 )
             )
 
-        async def check() -> pb.UpdateModelResponse:
-            return await update(validate_only=True)
-
-        async def change(answered: Answered) -> pb.UpdateModelResponse:
-            return await update(validate_only=False, answered=answered)
-
-        if request.validate_only:
-            return await check()
-        return await once(self._writes, request, pb.UpdateModelResponse, change, check=check)
+        return await checked_once(self._writes, request, pb.UpdateModelResponse, update)
 
     async def delete_model(
         self, request: pb.DeleteModelRequest, call: Call
@@ -167,20 +154,12 @@ class ModelService:
 
         async def change(answered: Answered) -> pb.DeleteModelResponse:
             model = self._catalog.get(model_id)
-            self._check_etag(model, request.etag, request.name)
+            check_etag("model", request.name, given=request.etag, current=model.etag)
             response = pb.DeleteModelResponse()
             await self._registry.delete(model, request=answered(response))
             return response
 
         return await once(self._writes, request, pb.DeleteModelResponse, change)
-
-    def _check_etag(self, model: Model, etag: str, name: str) -> None:
-        if etag and etag != model.etag:
-            raise Refusal(
-                Reason.ETAG_MISMATCH,
-                f"{name} has changed since its etag was read",
-                resource=Resource("model", name),
-            )
 
     def _is_pinned(self, model: Model) -> bool:
         return self._residency.use(model.handle).pinned
@@ -232,17 +211,8 @@ def _fields_of(request: pb.UpdateModelRequest) -> frozenset[str]:
         return frozenset(_UPDATABLE)
     if not paths:
         raise invalid(Violation("update_mask", "must name at least one field"))
-    unknown = [path for path in paths if path not in _UPDATABLE]
-    if unknown:
-        raise invalid(
-            *(
-                Violation(
-                    "update_mask",
-                    f"{path[:64]!r} cannot be changed; {', '.join(_UPDATABLE)} can",
-                )
-                for path in unknown
-            )
-        )
+    if unknown := unknown_fields(paths, _UPDATABLE):
+        raise invalid(*unknown)
     return frozenset(paths)
 
 

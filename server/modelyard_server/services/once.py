@@ -11,9 +11,10 @@ from modelyard_server.catalog.records import RequestRecord
 from modelyard_server.catalog.writes import Asked, Writes
 from modelyard_server.errors import Refusal
 
-__all__ = ["Answered", "once"]
+__all__ = ["Answered", "checked_once", "once"]
 
 ResponseT = TypeVar("ResponseT", bound=Message)
+_AnswerT = TypeVar("_AnswerT", bound=Message, covariant=True)
 
 
 class _Request(Protocol):
@@ -75,3 +76,39 @@ async def once(
         if (response := await answered_before()) is not None:
             return response
         return await change(lambda answer: asked.answered(answer.SerializeToString()))
+
+
+class _Checkable(_Request, Protocol):
+    @property
+    def validate_only(self) -> bool: ...
+
+
+class _Doing(Protocol[_AnswerT]):
+    async def __call__(self, *, validate_only: bool, answered: Answered) -> _AnswerT: ...
+
+
+async def checked_once(
+    writes: Writes,
+    request: _Checkable,
+    response_type: type[ResponseT],
+    do: _Doing[ResponseT],
+) -> ResponseT:
+    """Answers a call that changes something, or that only asks whether it would.
+
+    Args:
+        writes: as `once`.
+        request: as `once`.
+        response_type: as `once`.
+        do: answers the call. If it is only to validate, it changes nothing; else it makes durable
+            what `answered` makes of its answer, together with the change.
+    """
+
+    async def check() -> ResponseT:
+        return await do(validate_only=True, answered=lambda answer: None)
+
+    async def change(answered: Answered) -> ResponseT:
+        return await do(validate_only=False, answered=answered)
+
+    if request.validate_only:
+        return await check()
+    return await once(writes, request, response_type, change, check=check)

@@ -32,10 +32,15 @@ class RequestFacts:
         load_s: how long of its waiting the model was being loaded; None for a hit.
         row_count: first dimension of its first input.
         reason: why it was refused; None if it was answered.
+        route: id of the route that gives the key its meaning; empty if it is a model's own.
+        branch: names of the routes' parts that led to the model, with "/" between.
+        version: the version that was chosen; empty if there was none to choose.
+        steps: the runs it was made of, in the order they ended; empty if it was one.
     """
 
     __slots__ = (
         "arrived_ns",
+        "branch",
         "cold",
         "device",
         "ended_ns",
@@ -44,7 +49,10 @@ class RequestFacts:
         "load_s",
         "model",
         "reason",
+        "route",
         "row_count",
+        "steps",
+        "version",
     )
 
     def __init__(self, arrived_ns: int) -> None:
@@ -58,6 +66,10 @@ class RequestFacts:
         self.load_s: float | None = None
         self.row_count = 0
         self.reason: Reason | None = None
+        self.route = ""
+        self.branch = ""
+        self.version = ""
+        self.steps: tuple[RequestFacts, ...] = ()
 
 
 class RequestLog:

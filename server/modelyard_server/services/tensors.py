@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -11,10 +12,13 @@ from modelyard.v1 import tensor_pb2
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
 
 __all__ = [
+    "StreamItem",
     "item_spans",
     "parse_request",
+    "parse_stream_items",
     "serialize_batch",
     "serialize_response",
+    "serialize_stream_result",
     "to_value",
 ]
 
@@ -29,10 +33,16 @@ _BATCH_RESULTS = b"\x0a"
 _RESULT_RESPONSE = b"\x0a"
 _RESULT_ERROR = b"\x12"
 
+_STREAM_RESULTS = b"\x0a"
+_STREAM_ID = b"\x08"
+_STREAM_RESPONSE = b"\x12"
+_STREAM_ERROR = b"\x1a"
+
 _LENGTH_DELIMITED = 2
 _ITEMS_FIELD = 1
 _INPUTS_FIELD = 2
 _RAW_FIELD = 4
+_STREAM_REQUEST_FIELD = 2
 _LARGE_BYTES = 32 * 1024
 """Below this, copying is cheaper than looking for what need not be copied."""
 
@@ -65,10 +75,11 @@ def parse_request(body: bytes) -> tuple[pb.PredictRequest, dict[int, bytes]]:
 def item_spans(body: bytes) -> list[tuple[int, int]]:
     """Where the items of a PredictBatchRequest begin and end in it.
 
-    Each is a PredictRequest for parse_request, which does not copy what need not be copied.
+    Each is a PredictRequest for parse_request, which does not copy what need not be copied. The
+    items of a PredictStreamRequest stand at the same place.
 
     Raises:
-        DecodeError: the bytes are no PredictBatchRequest.
+        DecodeError: the bytes are no such message.
     """
     spans: list[tuple[int, int]] = []
     at = 0
@@ -79,6 +90,62 @@ def item_spans(body: bytes) -> list[tuple[int, int]]:
                 spans.append((begin, at))
     except (IndexError, ValueError) as error:
         raise DecodeError(str(error)) from None
+    return spans
+
+
+class StreamItem(NamedTuple):
+    """An item of a PredictStreamRequest.
+
+    Attributes:
+        message: with `id` and `timeout`.
+        request: what it asks; its own where it has none.
+        contents: see parse_request.
+        size_bytes: of it as it came.
+    """
+
+    message: pb.PredictStreamItem
+    request: pb.PredictRequest
+    contents: Mapping[int, bytes]
+    size_bytes: int
+
+
+def parse_stream_items(body: bytes) -> list[StreamItem]:
+    """Parses a PredictStreamRequest; large contents are cut out as by parse_request.
+
+    Raises:
+        DecodeError: the bytes are no PredictStreamRequest.
+    """
+    if len(body) < _LARGE_BYTES:
+        message = pb.PredictStreamRequest.FromString(body)
+        size_bytes = len(body) // max(1, len(message.items))
+        return [StreamItem(item, item.request, {}, size_bytes) for item in message.items]
+    return [_parse_stream_item(body[begin:end]) for begin, end in item_spans(body)]
+
+
+def _parse_stream_item(body: bytes) -> StreamItem:
+    if len(body) >= _LARGE_BYTES:
+        try:
+            spans = _request_spans(body)
+        except (IndexError, ValueError):
+            spans = []  # Protobuf says better what is wrong with it.
+        if len(spans) == 1:
+            start, begin, end = spans[0]
+            # An empty one in its place, so that it is still known to be there.
+            item = pb.PredictStreamItem.FromString(body[:start] + b"\x12\x00" + body[end:])
+            return StreamItem(item, *parse_request(body[begin:end]), len(body))
+    item = pb.PredictStreamItem.FromString(body)
+    return StreamItem(item, item.request, {}, len(body))
+
+
+def _request_spans(body: bytes) -> list[tuple[int, int, int]]:
+    """Of each request in an item: where its tag is, its content, and its end."""
+    spans: list[tuple[int, int, int]] = []
+    at = 0
+    while at < len(body):
+        start = at
+        field, wire_type, begin, at = _next_field(body, at)
+        if field == _STREAM_REQUEST_FIELD and wire_type == _LENGTH_DELIMITED:
+            spans.append((start, begin, at))
     return spans
 
 
@@ -227,6 +294,21 @@ def serialize_batch(results: Sequence[bytes | pb.PredictBatchError]) -> bytes:
         head += _varint(len(content))
         parts += (_BATCH_RESULTS, _varint(len(head) + len(content)), head, content)
     return b"".join(parts)
+
+
+def serialize_stream_result(item_id: int, result: bytes | pb.PredictBatchError) -> list[bytes]:
+    """A result as it stands in a PredictStreamResponse, in parts to be joined.
+
+    Args:
+        item_id: of the item; 64 bits, with sign.
+        result: its serialized PredictResponse, or its error.
+    """
+    if isinstance(result, bytes):
+        head, content = _STREAM_RESPONSE, result
+    else:
+        head, content = _STREAM_ERROR, result.SerializeToString()
+    head = _STREAM_ID + _varint(item_id & 0xFFFF_FFFF_FFFF_FFFF) + head + _varint(len(content))
+    return [_STREAM_RESULTS + _varint(len(head) + len(content)) + head, content]
 
 
 def _varint(value: int) -> bytes:

@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from modelyard_server.transport.api import Handler, Handlers, StatusReply, Streaming
+from modelyard_server.transport.api import Duplex, Handler, Handlers, StatusReply, Streaming
 from modelyard_server.transport.carrying import Carrier
 
 __all__ = ["AioTransport", "PortInUse", "most_sent_bytes"]
@@ -122,6 +122,7 @@ class AioTransport:
         self._server = grpc.aio.server(options=_options(max_message_bytes))
         self._health = health.aio.HealthServicer()
         self._services = tuple(handlers)
+        self._is_healthy = True
         for service, methods in handlers.items():
             self._server.add_generic_rpc_handlers(
                 (
@@ -162,14 +163,21 @@ class AioTransport:
 
     async def stop_being_healthy(self) -> None:
         """Tells every watcher NOT_SERVING, for good. Calls are still served."""
+        self._is_healthy = False
         await self._health.enter_graceful_shutdown()
+
+    @property
+    def is_healthy(self) -> bool:
+        """False once the server is shutting down."""
+        return self._is_healthy
 
     async def stop(self, grace_s: float) -> None:
         """Takes no new calls, gives those that run grace_s seconds, and ends.
 
-        Streams end at once: they would run for ever. What then still keeps the server is readers
-        that do not read and watchers of the health service; when all unary calls are answered,
-        these are cut off.
+        Streams end at once that would run for ever. Those that take requests as well take no more,
+        and answer what they have, as long as their clients read. What then still keeps the server
+        is readers that do not read and watchers of the health service; when all calls are answered
+        that come to an end, these are cut off.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + grace_s
@@ -177,14 +185,20 @@ class AioTransport:
             # Of two stops that run the library lets each cut the calls off, and crashes if one
             # does so after the other has ended. So the first never does.
             stopping = tasks.create_task(self._server.stop(_NEVER_S), name="stop the transport")
-            self._carrier.end_streams()
-            while (running := self._carrier.unary_tasks) and loop.time() < end:
+            self._carrier.end_streams(_LINGER_S)
+            while (running := self._carrier.finite_tasks) and loop.time() < end:
                 await asyncio.wait(running, timeout=end - loop.time())
             await asyncio.wait({stopping}, timeout=max(0, min(_LINGER_S, end - loop.time())))
             if not stopping.done():
                 await self._server.stop(None)
 
-    def _method_handler(self, handler: Handler | Streaming) -> grpc.RpcMethodHandler[Any, Any]:
+    def _method_handler(
+        self, handler: Handler | Streaming | Duplex
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        if isinstance(handler, Duplex):
+            return grpc.stream_stream_rpc_method_handler(self._carrier.duplex(handler.handler))
         if isinstance(handler, Streaming):
-            return grpc.unary_stream_rpc_method_handler(self._carrier.stream(handler.handler))
+            return grpc.unary_stream_rpc_method_handler(
+                self._carrier.stream(handler.handler, is_finite=handler.is_finite)
+            )
         return grpc.unary_unary_rpc_method_handler(self._carrier.unary(handler))

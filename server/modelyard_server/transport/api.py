@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 __all__ = [
     "IDENTITY_KEY",
     "Call",
+    "CannotListen",
+    "Duplex",
+    "DuplexHandler",
     "Handler",
     "Handlers",
+    "Link",
     "StatusReply",
     "StreamHandler",
     "Streaming",
@@ -28,12 +32,19 @@ IDENTITY_KEY: Final = "x-modelyard-identity"
 _MOST_IDENTITY: Final = 256
 
 
+class CannotListen(Exception):
+    """An address is not one that this machine can listen on; the text says which and why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: one message in, one or many out.
+    """One call: one message in, one or many out; or many in and out, see Duplex.
+
+    What is read of it is read while its handler runs: afterwards the library has let go of what it
+    would have to look at, and ends the process.
 
     Attributes:
-        body: the request message, serialized.
+        body: the request message, serialized; empty where many come.
         read_metadata: reads what came with it; see metadata.
         remaining_s: how long the caller will wait; None if it set no deadline.
         read_peer: reads where it came from, as gRPC writes it: "ipv4:127.0.0.1:40000".
@@ -106,10 +117,54 @@ class Streaming:
 
     Attributes:
         handler: answers it.
+        is_finite: it comes to its end by itself, so a server that stops lets it, as it lets those
+            that answer once. Other streams it ends.
     """
 
     handler: StreamHandler
+    is_finite: bool = False
 
 
-Handlers = Mapping[str, Mapping[str, Handler | Streaming]]
+class Link(Protocol):
+    """Both directions of a call with many messages each way.
+
+    One task may read while another writes; neither is done by two at once.
+    """
+
+    async def read(self) -> bytes | None:
+        """The next message; what is not asked for is not taken from the client.
+
+        Returns:
+            None once no more will come: the client has ended its side, or the server stops. The
+            handler is to answer what it has and to return. If the server stops the client is told.
+        """
+
+    async def write(self, message: bytes) -> None:
+        """Sends a message. Returns when it is on its way: who does not read stops the handler.
+
+        Raises:
+            CancelledError: the client has gone, or does not read and the server stops.
+        """
+
+
+DuplexHandler = Callable[[Call, Link], Awaitable[StatusReply | None]]
+"""Answers one call with many messages each way; returns how it ends, None if it ended well.
+
+Cancelled when the caller has gone and when the deadline passes. When the server stops it has the
+time that unary calls have, as long as its client reads.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplex:
+    """A method that takes a stream and answers with one.
+
+    Attributes:
+        handler: answers it.
+    """
+
+    handler: DuplexHandler
+
+
+Handlers = Mapping[str, Mapping[str, Handler | Streaming | Duplex]]
 """Full service name to method name to handler."""

@@ -17,7 +17,13 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
-from modelyard_server.transport.api import Call, Handler, StatusReply, StreamHandler
+from modelyard_server.transport.api import (
+    Call,
+    DuplexHandler,
+    Handler,
+    StatusReply,
+    StreamHandler,
+)
 
 __all__ = ["Carrier"]
 
@@ -44,30 +50,37 @@ class Carrier:
     """
 
     def __init__(self, *, defect: Callable[[str], StatusReply], draining: StatusReply) -> None:
-        self._unary: set[asyncio.Task[Any]] = set()
+        self._finite: set[asyncio.Future[Any]] = set()
         self._streams: set[asyncio.Timeout] = set()
+        self._links: set[_Link] = set()
         self._defect = defect
         self._draining = draining
         self._is_draining = False
         self._sweep_at = _SWEEP
 
     @property
-    def unary_tasks(self) -> set[asyncio.Task[Any]]:
-        """Tasks of the unary calls that run. A call is among them until its answer is sent."""
-        return {task for task in self._unary if not task.done()}
+    def finite_tasks(self) -> set[asyncio.Future[Any]]:
+        """Of the calls that run and come to an end, as duplex ones do when we stop.
+
+        A call is among them until its end is sent.
+        """
+        return {task for task in self._finite if not task.done()}
+
+    def _note_finite(self) -> None:
+        """Notes the task that runs as that of a call that comes to an end."""
+        if (task := asyncio.current_task()) is not None:
+            # Those that have ended are swept out now and then: a callback for each would cost more
+            # than everything else here.
+            self._finite.add(task)
+            if len(self._finite) >= self._sweep_at:
+                self._sweep()
 
     def unary(self, handler: Handler) -> Callable[[bytes, _Context], Awaitable[bytes]]:
         """A handler that answers once."""
-        defect, tasks = self._defect, self._unary
+        defect = self._defect
 
         async def answer(body: bytes, context: _Context) -> bytes:
-            if (task := asyncio.current_task()) is not None:
-                # Those that have ended are swept out now and then: a callback for each would cost
-                # more than everything else here.
-                tasks.add(task)
-                if len(tasks) >= self._sweep_at:
-                    tasks.intersection_update(self.unary_tasks)
-                    self._sweep_at = max(_SWEEP, 2 * len(tasks))
+            self._note_finite()
             try:
                 reply = await handler(
                     Call(body, context.invocation_metadata, context.time_remaining(), context.peer)
@@ -84,8 +97,10 @@ class Carrier:
 
         return answer
 
-    def stream(self, handler: StreamHandler) -> Callable[[bytes, _Context], Awaitable[None]]:
-        """A handler that answers with a stream."""
+    def stream(
+        self, handler: StreamHandler, *, is_finite: bool = False
+    ) -> Callable[[bytes, _Context], Awaitable[None]]:
+        """A handler that answers with a stream; see Streaming."""
 
         async def answer(body: bytes, context: _Context) -> None:
             if self._is_draining:
@@ -96,7 +111,10 @@ class Carrier:
             limit = asyncio.timeout(None)
             try:
                 async with limit:
-                    self._streams.add(limit)
+                    if is_finite:
+                        self._note_finite()
+                    else:
+                        self._streams.add(limit)
                     call = Call(
                         body, context.invocation_metadata, context.time_remaining(), context.peer
                     )
@@ -119,17 +137,146 @@ class Carrier:
 
         return answer
 
-    def end_streams(self) -> None:
+    def duplex(self, handler: DuplexHandler) -> Callable[[Any, _Context], Awaitable[None]]:
+        """A handler of a stream of requests that answers with a stream."""
+
+        async def answer(_: Any, context: _Context) -> None:
+            if self._is_draining:
+                await _abort(context, self._draining)
+            # Stands for the call among those that are waited for.
+            over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._finite.add(over)
+            link = _Link(context)
+            self._links.add(link)
+            try:
+                end = await self._answer_link(handler, context, link)
+                if link.is_stopping:
+                    # Its status may wait for its reader, and nobody is to wait for that.
+                    over.set_result(None)
+                if end is not None:
+                    await _abort(context, end)
+            finally:
+                self._links.discard(link)
+                if not over.done():
+                    over.set_result(None)
+                self._sweep()
+
+        return answer
+
+    async def _answer_link(
+        self, handler: DuplexHandler, context: _Context, link: _Link
+    ) -> StatusReply | None:
+        """Has a handler answer a duplex call. Returns how it ends."""
+        try:
+            call = Call(b"", context.invocation_metadata, context.time_remaining(), context.peer)
+            end = await handler(call, link)
+        except asyncio.CancelledError:
+            if link.is_given_up:
+                return self._draining
+            if link.is_broken or _is_to_end(context):
+                raise
+            return self._defect(_logged("a task of the server was cancelled"))
+        except Exception as error:
+            return self._defect(_logged(type(error).__name__))
+        return self._draining if end is None and link.is_cut else end
+
+    def end_streams(self, linger_s: float = 0.0) -> None:
         """Ends the streams that run, and those that still begin, with `draining`.
 
         Each is stopped where it waits: for something to tell, or for its reader. A reader that does
-        not read has the status only after what it was sent before.
+        not read has the status only after what it was sent before. Duplex ones get no more
+        requests; they end when they have answered what they have.
+
+        Args:
+            linger_s: how long a duplex one waits for its reader from now on, with each message.
         """
         if self._is_draining:
             return
         self._is_draining = True
         for stream in self._streams:
             stream.reschedule(0)
+        for link in self._links:
+            link.cut(linger_s)
+
+    def _sweep(self) -> None:
+        self._finite.intersection_update(self.finite_tasks)
+        self._sweep_at = max(_SWEEP, 2 * len(self._finite))
+
+
+class _Link:
+    """See api.Link.
+
+    Attributes:
+        is_cut: the server stops, and the client had not ended its side.
+        is_given_up: its client does not read, and the server stops.
+        is_broken: a message could not be sent. The library has not come to cancelling the call's
+            task yet.
+    """
+
+    def __init__(self, context: _Context) -> None:
+        self.is_cut = False
+        self.is_given_up = False
+        self.is_broken = False
+        self._context = context
+        self._is_open = False
+        self._has_ended = False
+        self._reading: asyncio.Future[Any] | None = None
+        self._writing: asyncio.Timeout | None = None
+        self._linger_s: float | None = None
+
+    @property
+    def is_stopping(self) -> bool:
+        """True once the server stops."""
+        return self._linger_s is not None
+
+    async def read(self) -> bytes | None:
+        if self.is_cut or self._has_ended:
+            return None
+        self._reading = reading = asyncio.ensure_future(self._context.read())
+        try:
+            # Not by itself: a stop must be told from a cancellation of whoever waits.
+            await asyncio.wait((reading,))
+        finally:
+            self._reading = None
+            reading.cancel()
+        if reading.cancelled():
+            return None  # By cut.
+        try:
+            message = reading.result()
+        except grpc.aio.BaseError:
+            message = grpc.aio.EOF  # The client has gone.
+        if isinstance(message, bytes):
+            return message
+        self._has_ended = True
+        return None
+
+    async def write(self, message: bytes) -> None:
+        end_s = None
+        if self._linger_s is not None:
+            end_s = asyncio.get_running_loop().time() + self._linger_s
+        try:
+            async with asyncio.timeout_at(end_s) as self._writing:
+                if not self._is_open:
+                    await _open(self._context)
+                    self._is_open = True
+                await self._context.write(message)
+        except TimeoutError:
+            self.is_given_up = True
+            raise asyncio.CancelledError from None
+        except grpc.aio.BaseError:
+            self.is_broken = True
+            raise asyncio.CancelledError from None
+        finally:
+            self._writing = None
+
+    def cut(self, linger_s: float) -> None:
+        """No more is read, and the reader is waited for this long with each message."""
+        self.is_cut = not self._has_ended
+        self._linger_s = linger_s
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._writing is not None:
+            self._writing.reschedule(asyncio.get_running_loop().time() + linger_s)
 
 
 async def _pass_on(handler: StreamHandler, call: Call, context: _Context) -> StatusReply | None:
