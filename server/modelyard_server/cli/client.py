@@ -1,4 +1,4 @@
-"""``predict`` and ``stats``: what anybody asks a running server."""
+"""``predict``, ``generate`` and ``stats``: what anybody asks a running server."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from modelyard_server.cli.printing import (
     duration,
     plain,
     print_json,
+    print_json_line,
     print_line,
     print_table,
+    printable,
     regret_row,
+    shadow_rows,
     short_name,
     size,
     tier_rows,
@@ -36,6 +39,7 @@ __all__ = ["register"]
 def register(app: typer.Typer) -> None:
     """Add the commands to an application."""
     app.command("predict")(_predict)
+    app.command("generate")(_generate)
     app.command("stats")(_stats)
 
 
@@ -82,6 +86,64 @@ def _predict(
     )
 
 
+def _generate(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Key to ask for.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What to go on from.", show_default=False)
+    ],
+    most: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", help="Most tokens to generate.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Above 0: draw tokens at random.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", metavar="N", help="Draw among so many tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Draw among those of this probability.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the draws.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Ends the text; may be given more than once.")
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Generate text and print it as it comes; with --json a line for each piece."""
+    from modelyard import Admin, Client, KeyNotFound
+
+    with (
+        exit_codes(),
+        Client(server, timeout_s=timeout) as client,
+        client.generate(
+            key,
+            prompt,
+            max_new_tokens=most,
+            stop=stop or (),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        ) as generation,
+    ):
+        try:
+            for piece in generation:
+                if as_json:
+                    print_json_line(piece)
+                else:
+                    # Its lines are its own; all else is not to touch the terminal.
+                    typer.echo("\n".join(map(printable, piece.text.split("\n"))), nl=False)
+        except KeyNotFound as error:
+            with Admin(server, timeout_s=timeout) as admin:
+                suggest(error, key, admin, lambda model: (model.id, *model.keys))
+            raise
+        finally:
+            if not as_json:
+                typer.echo()
+
+
 def _stats(
     server: Server = DEFAULT_SERVER, timeout: Timeout = 30.0, as_json: AsJson = False
 ) -> None:
@@ -114,6 +176,7 @@ def _stats(
             ["evictions", str(stats.eviction_count)],
             *([] if stats.departures is None else departure_rows(stats.departures)),
             *([] if stats.batches is None else batch_rows(stats.batches)),
+            *([] if stats.shadows is None else shadow_rows(stats.shadows)),
             ["process memory", size(stats.process_resident_bytes)],
             ["  at most", size(stats.peak_process_resident_bytes)],
             ["memory of workers", size(stats.worker_resident_bytes)],

@@ -17,7 +17,6 @@ from modelyard_server.cli.connection import (
     Timeout,
     ask,
     exit_codes,
-    refuse_options_before,
 )
 from modelyard_server.cli.printing import (
     plain,
@@ -26,6 +25,15 @@ from modelyard_server.cli.printing import (
     print_table,
     short_name,
     size,
+)
+from modelyard_server.cli.records import (
+    DryRun,
+    Etag,
+    print_list,
+    print_record,
+    print_removed,
+    record_group,
+    when,
 )
 
 if TYPE_CHECKING:
@@ -62,19 +70,11 @@ _Options: TypeAlias = Annotated[
         "--option", metavar="NAME=JSON", help="An option of the runtime; may be repeated."
     ),
 ]
-_Etag: TypeAlias = Annotated[
-    str | None,
-    typer.Option("--etag", metavar="ETAG", help="Do it only if this is the model's etag."),
-]
-_DryRun: TypeAlias = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything and change nothing.")
-]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to an application."""
-    models = typer.Typer(help="Registered models.")
-    models.callback(invoke_without_command=True)(_group)
+    models = record_group("models", "Registered models.", _list)
     models.command("list")(_list)
     models.command("show")(_show)
     models.command("add")(_add)
@@ -84,42 +84,25 @@ def register(app: typer.Typer) -> None:
     app.add_typer(models, name="models")
 
 
-def _group(
-    ctx: typer.Context,
-    server: Server = DEFAULT_SERVER,
-    timeout: Timeout = 30.0,
-    as_json: AsJson = False,
-) -> None:
-    """List the models, or do what a command says."""
-    if ctx.invoked_subcommand is None:
-        _list(server, timeout, as_json)
-    else:
-        refuse_options_before(ctx)
-
-
 def _list(
     server: Server = DEFAULT_SERVER, timeout: Timeout = 30.0, as_json: AsJson = False
 ) -> None:
     """List the registered models."""
     models = ask(server, timeout, lambda admin: admin.list_models())
-    if as_json:
-        print_json(models)
-        return
-    print_table(
+    print_list(
+        models,
+        as_json,
         ["model", "keys", "runtime", "task", "placement", "estimated", "owner", "pinned"],
-        (
-            [
-                model.id,
-                ", ".join(model.keys),
-                model.runtime,
-                model.task,
-                placement_text(model.placement),
-                size(model.estimated_bytes),
-                str(model.owner),
-                "pinned" if model.pinned else "",
-            ]
-            for model in models
-        ),
+        lambda model: [
+            model.id,
+            ", ".join(model.keys),
+            model.runtime,
+            model.task,
+            placement_text(model.placement),
+            size(model.estimated_bytes),
+            str(model.owner),
+            "pinned" if model.pinned else "",
+        ],
     )
 
 
@@ -142,7 +125,7 @@ def _add(
     keys: _Keys = None,
     placement: _Placement = None,
     options: _Options = None,
-    dry_run: _DryRun = False,
+    dry_run: DryRun = False,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 30.0,
     as_json: AsJson = False,
@@ -178,8 +161,8 @@ def _update(
     no_options: Annotated[
         bool, typer.Option("--no-options", help="Take its options away.")
     ] = False,
-    etag: _Etag = None,
-    dry_run: _DryRun = False,
+    etag: Etag = None,
+    dry_run: DryRun = False,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 300.0,
     as_json: AsJson = False,
@@ -211,17 +194,14 @@ def _update(
 
 def _remove(
     model: ModelName,
-    etag: _Etag = None,
+    etag: Etag = None,
     server: Server = DEFAULT_SERVER,
     timeout: Timeout = 30.0,
     as_json: AsJson = False,
 ) -> None:
     """Remove a model. Requests that run are answered, requests that wait are refused."""
     ask(server, timeout, lambda admin: admin.delete_model(model, etag=etag), model=model)
-    if as_json:
-        print_json({"removed": f"models/{short_name(model)}"})
-    else:
-        print_line(f"removed {short_name(model)}")
+    print_removed("model", model, as_json)
 
 
 def _read_placement(text: str | None) -> Any:
@@ -260,8 +240,7 @@ def _print_model(model: Model, as_json: bool) -> None:
         return
     source = "" if model.root is None else f"{model.root}: {model.folder}"
     by_plan = " (by the device plan)" if model.placed_by_plan else ""
-    print_table(
-        ["field", "value"],
+    print_record(
         [
             ["model", model.id],
             ["keys", ", ".join(model.keys)],
@@ -277,9 +256,9 @@ def _print_model(model: Model, as_json: bool) -> None:
             ],
             ["owner", str(model.owner)],
             ["pinned", "pinned" if model.pinned else ""],
-            ["created", "" if model.created_at is None else model.created_at.isoformat()],
+            ["created", when(model.created_at)],
             ["etag", model.etag],
-        ],
+        ]
     )
     if model.alternatives:
         print_table(

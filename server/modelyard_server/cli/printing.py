@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ManagedDevice,
         Regret,
         Residency,
+        ShadowFigures,
     )
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "print_table",
     "printable",
     "regret_row",
+    "shadow_rows",
     "short_name",
     "show_residency",
     "size",
@@ -202,6 +204,14 @@ def departure_rows(departures: Departures) -> list[list[str]]:
     return rows
 
 
+def shadow_rows(shadows: ShadowFigures) -> list[list[str]]:
+    """Return the rows about shadows in a table of figures; none if there were none."""
+    counts = (shadows.answered_count, shadows.failed_count, shadows.dropped_count)
+    if not any(counts):
+        return []
+    return [["shadows", "{} answered, {} failed, {} dropped".format(*counts)]]
+
+
 def batch_rows(batches: BatchFigures) -> list[list[str]]:
     """Return the rows about batches in a table of figures."""
     rows = [
@@ -261,7 +271,7 @@ def plain(value: object) -> Any:
 
     Byte strings become base64; NaN and infinities, which JSON lacks, become null.
     """
-    from modelyard import AutomaticPlacement, ComponentDevice, Device, DevicePlan
+    from modelyard import AutomaticPlacement, ComponentDevice, Device, DevicePlan, RouteTarget
     from modelyard.placements import placement_to_json
 
     match value:
@@ -276,6 +286,8 @@ def plain(value: object) -> Any:
         case ComponentDevice() | AutomaticPlacement():
             return placement_to_json(value)
         case DevicePlan():
+            return value.to_dict()
+        case _ if isinstance(value, RouteTarget):
             return value.to_dict()
         case datetime():
             return value.isoformat()
