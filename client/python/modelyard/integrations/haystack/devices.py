@@ -13,28 +13,18 @@ afterwards. All of our values exist there, so ``to_haystack`` refuses nothing bu
 The opposite is not so: Haystack checks little when a value is made and nothing when it is changed.
 ``from_haystack`` takes what modelyard takes and refuses the rest, saying what is wrong with it.
 
-Importing this module imports Haystack, which imports torch where it is installed. Haystack's
-telemetry is Haystack's: ``HAYSTACK_TELEMETRY_ENABLED=False`` in the environment turns it off.
+Importing this module imports Haystack, which imports torch where it is installed.
 """
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast, overload
+from typing import cast, overload
+
+from haystack.utils import device as theirs
 
 from modelyard.devices import ComponentDevice, Device, DeviceMap, DeviceType
-
-if TYPE_CHECKING:
-    from haystack.utils import device as theirs
-else:
-    try:
-        from haystack.utils import device as theirs
-    except ImportError as error:
-        raise ImportError(
-            "modelyard.integrations.haystack needs the package haystack-ai: "
-            "pip install 'modelyard[haystack]'"
-        ) from error
 
 __all__ = ["from_haystack", "to_haystack"]
 
