@@ -9,6 +9,8 @@
 # tests       GoogleTest
 # bench       google-benchmark and h2load
 # fuzz        clang with libFuzzer, FUZZ_CXX (default clang++)
+# clients-node, clients-go, clients-cpp, clients-java
+#             what the clients in these languages are built and run with; see docs/clients.md
 #
 # What is missing is installed where this runs as root on Debian or Ubuntu; elsewhere the one command
 # to run is printed. MODELYARD_NO_INSTALL=1 only prints, everywhere.
@@ -21,8 +23,12 @@ set -euo pipefail
 CXX="${CXX:-c++}"
 FUZZ_CXX="${FUZZ_CXX:-clang++}"
 PY="${PY:-python3}"
+# Where Debian's packages put jars and sources in Go.
+JARS="${JARS:-/usr/share/java}"
+GOCODE="${GOCODE:-/usr/share/gocode}"
 
 readonly OPTIONAL_MISSING=3
+readonly PARTS="python build sanitizers tests bench fuzz clients-node clients-go clients-cpp clients-java"
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 
@@ -52,6 +58,18 @@ has_header() {
   printf '#include <%s>\n' "$1" | compiles "$CXX" -E $flags
 }
 
+# True if each of the programs is on PATH.
+has_programs() {
+  local program
+  for program in "$@"; do command -v "$program" >/dev/null 2>&1 || return 1; done
+}
+
+# protoc, and the contract's imports from google/protobuf beside it.
+has_protoc() {
+  printf 'syntax = "proto3";\nimport "google/protobuf/struct.proto";\n' >"$scratch/probe.proto"
+  has_programs protoc && protoc -I "$scratch" -o /dev/null "$scratch/probe.proto" >/dev/null 2>&1
+}
+
 there() {
   case "$1" in
     python)
@@ -76,6 +94,21 @@ PROBE
         'extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t*, std::size_t) { return 0; }' |
         compiles "$FUZZ_CXX" -fsanitize=fuzzer,address,undefined
       ;;
+    clients-node) has_programs node npm && has_protoc ;;
+    clients-go)
+      # Either modules and today's plugins, or Debian's sources and the plugin that belongs to them.
+      has_programs go protoc-gen-go && has_protoc &&
+        { has_programs protoc-gen-go-grpc || [ -d "$GOCODE/src/google.golang.org/grpc" ]; }
+      ;;
+    clients-cpp)
+      has_programs grpc_cpp_plugin pkg-config "${CXX%% *}" && has_protoc &&
+        pkg-config --exists grpc++ protobuf
+      ;;
+    clients-java)
+      has_programs javac java grpc_java_plugin && has_protoc &&
+        [ -e "$JARS/grpc-netty.jar" ] && [ -e "$JARS/protobuf.jar" ] && [ -e "$JARS/gson.jar" ] &&
+        [ -e "$JARS/perfmark-api.jar" ]
+      ;;
     *) return 2 ;;
   esac
 }
@@ -88,6 +121,10 @@ what() {
     tests) echo "GoogleTest" ;;
     bench) echo "google-benchmark and h2load" ;;
     fuzz) echo "clang with libFuzzer (looked for: $FUZZ_CXX)" ;;
+    clients-node) echo "Node 18 or newer with npm, and protoc" ;;
+    clients-go) echo "Go with grpc-go and its protoc plugins, and protoc" ;;
+    clients-cpp) echo "gRPC for C++ with its protoc plugin, protoc and pkg-config" ;;
+    clients-java) echo "a JDK, grpc-java with its jars in $JARS and its protoc plugin, and protoc" ;;
   esac
 }
 
@@ -98,6 +135,10 @@ without() {
     tests) echo "skipped: the C++ tests" ;;
     bench) echo "skipped: the benchmarks" ;;
     fuzz) echo "skipped: fuzzing" ;;
+    clients-node) echo "skipped: the client in Node" ;;
+    clients-go) echo "skipped: the client in Go" ;;
+    clients-cpp) echo "skipped: the client in C++" ;;
+    clients-java) echo "skipped: the client in Java" ;;
   esac
 }
 
@@ -124,32 +165,53 @@ packages() {
     apt-get:tests) echo "libgtest-dev" ;;
     apt-get:bench) echo "libbenchmark-dev nghttp2-client" ;;
     apt-get:fuzz) echo "clang $(apt_fuzzer_runtime)" ;;
+    # A Node from elsewhere brings its own npm, and Debian's would not go with it.
+    apt-get:clients-node)
+      echo "$(has_programs node npm || echo nodejs npm) protobuf-compiler libprotobuf-dev" ;;
+    # Of the plugins only this one fits Debian's grpc-go.
+    apt-get:clients-go)
+      echo "golang-go golang-google-grpc-dev protoc-gen-go-1-3 protobuf-compiler libprotobuf-dev" ;;
+    apt-get:clients-cpp)
+      echo "g++ libgrpc++-dev protobuf-compiler-grpc libprotobuf-dev protobuf-compiler pkg-config" ;;
+    apt-get:clients-java)
+      echo "default-jdk-headless libgrpc-java protobuf-compiler-grpc-java-plugin libprotobuf-java" \
+        "libnetty-java libguava-java libperfmark-java libgoogle-gson-java" \
+        "libgeronimo-annotation-1.3-spec-java protobuf-compiler libprotobuf-dev" ;;
     dnf:python) echo "python3-devel" ;;
     dnf:build) echo "gcc-c++" ;;
     dnf:sanitizers) echo "libasan libubsan libtsan" ;;
     dnf:tests) echo "gtest-devel" ;;
     dnf:bench) echo "google-benchmark-devel nghttp2" ;;
     dnf:fuzz) echo "clang compiler-rt" ;;
+    dnf:clients-node) echo "nodejs npm protobuf-compiler protobuf-devel" ;;
+    dnf:clients-cpp) echo "gcc-c++ grpc-devel grpc-plugins protobuf-devel pkgconf-pkg-config" ;;
     pacman:python) echo "python" ;;
     pacman:build | pacman:sanitizers) echo "gcc" ;;
     pacman:tests) echo "gtest" ;;
     pacman:bench) echo "benchmark nghttp2" ;;
     pacman:fuzz) echo "clang compiler-rt" ;;
+    pacman:clients-node) echo "nodejs npm protobuf" ;;
+    pacman:clients-cpp) echo "gcc grpc protobuf pkgconf" ;;
     brew:python) echo "python" ;;
     brew:build | brew:sanitizers) echo "gcc" ;;
     brew:tests) echo "googletest" ;;
     brew:bench) echo "google-benchmark nghttp2" ;;
     brew:fuzz) echo "llvm" ;;
+    brew:clients-node) echo "node protobuf" ;;
+    brew:clients-go) echo "go protobuf protoc-gen-go protoc-gen-go-grpc" ;;
+    brew:clients-cpp) echo "grpc protobuf pkgconf" ;;
   esac
 }
 
 command_for() {
-  local part names=()
+  local part names=() from
+  from="$(family)"
   for part in "$@"; do
     # shellcheck disable=SC2207
-    names+=($(packages "$(family)" "$part"))
+    names+=($(packages "$from" "$part"))
   done
-  case "$(family)" in
+  [ "${#names[@]}" -gt 0 ] || from=unknown
+  case "$from" in
     apt-get) echo "sudo apt-get update && sudo apt-get install --no-install-recommends ${names[*]}" ;;
     dnf) echo "sudo dnf install ${names[*]}" ;;
     pacman) echo "sudo pacman -S --needed ${names[*]}" ;;
@@ -179,9 +241,9 @@ missing_of() {
 
 main() {
   local part missing=() status=0
-  [ "$#" -gt 0 ] || { say "usage: tools/system_needs.sh PART... (python build sanitizers tests bench fuzz)"; exit 2; }
+  [ "$#" -gt 0 ] || { say "usage: tools/system_needs.sh PART... ($PARTS)"; exit 2; }
   for part in "$@"; do
-    [ -n "$(what "$part")" ] || { say "unknown part: $part (python build sanitizers tests bench fuzz)"; exit 2; }
+    [ -n "$(what "$part")" ] || { say "unknown part: $part ($PARTS)"; exit 2; }
   done
   # shellcheck disable=SC2207
   missing=($(missing_of "$@"))

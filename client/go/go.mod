@@ -1,0 +1,3 @@
+module modelyard.dev/client
+
+go 1.19
