@@ -9,6 +9,7 @@
 #   PYTEST_ARGS  what to give pytest: PYTEST_ARGS='tests/unit -x'
 #   TRACES       the folder of traces of bench-thrash (default ../shared/traces)
 #   THRASH_ARGS  what else to give it: THRASH_ARGS='--only loads --only rates'
+#   CLIENTS_ARGS what to give tools.clients: CLIENTS_ARGS='--only go --only node'
 
 PY ?= python3
 TORCH ?=
@@ -20,6 +21,7 @@ STEPS ?= 100000
 PYTEST_ARGS ?=
 TRACES ?=
 THRASH_ARGS ?=
+CLIENTS_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,7 +42,7 @@ SOURCES := $(shell find proto csrc/include csrc/src csrc/bindings 2>/dev/null)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check core fuzz bench bench-plan bench-weights bench-thrash simulated-faults dev clean FORCE \
+.PHONY: help demo test check core fuzz bench bench-plan bench-weights bench-thrash bench-streams simulated-faults clients dev clean FORCE \
 	check-format check-lint check-types check-proto check-cpp check-tracked
 
 help: ## this list
@@ -49,12 +51,16 @@ help: ## this list
 demo: $(VENV)/.package $(VENV)/.demo ## real models, twice the budget, one server: watch it serve them all
 	@$(BIN)/modelyard demo
 
-test: $(VENV)/.package $(VENV)/.demo $(VENV)/.dev ## every test: C++ plain and under sanitizers, then pytest
+# The core is built and tested beside pytest, on what that leaves of the processors: compiling takes as
+# long as half of the tests.
+test: $(VENV)/.package $(VENV)/.demo $(VENV)/.dev ## every test: C++ plain and under sanitizers, beside pytest
 	@rm -rf $(REPORTS) && mkdir -p $(REPORTS)
 	@status=0; \
-	BIN=$(BIN) tools/core_tests.sh || status=1; \
+	BIN=$(BIN) nice -n 19 tools/core_tests.sh >$(REPORTS)/core.log 2>&1 & core=$$!; \
 	touch $(REPORTS)/pytest.started; \
 	$(BIN)/python -m pytest --junitxml=$(REPORTS)/pytest.xml $(PYTEST_ARGS) || status=1; \
+	wait $$core || status=1; \
+	cat $(REPORTS)/core.log; \
 	$(BIN)/python tools/test_counts.py $(REPORTS) || status=1; \
 	exit $$status
 
@@ -94,8 +100,14 @@ bench-thrash: $(VENV)/.package $(VENV)/.demo $(VENV)/.dev ## eviction, schedulin
 	else [ $$? -eq $(OPTIONAL_MISSING) ] || exit 1; fi; \
 	$(BIN)/python -m bench.thrash $$core $(if $(TRACES),--traces '$(TRACES)') $(THRASH_ARGS) --output build/bench/thrash.json
 
+bench-streams: $(VENV)/.package ## a stream against calls, and a split against its weights; writes build/bench/streams.json
+	@$(BIN)/python -m bench.streams --output build/bench/streams.json
+
 simulated-faults: $(VENV)/.package ## 1,000 seeds of 100,000 simulated steps in which everything goes wrong; nothing may be lost
 	@$(BIN)/python -m tests.support.simulated_faults --seeds $(SEEDS) --steps $(STEPS)
+
+clients: $(VENV)/.package ## the clients in five languages: builds those whose tools are here, and runs their scenario against one server
+	@$(BIN)/python -m tools.clients $(CLIENTS_ARGS)
 
 dev: $(VENV)/.package $(VENV)/.dev ## an editable install with every development tool
 	@echo "ready: . $(VENV)/bin/activate"
@@ -103,7 +115,8 @@ dev: $(VENV)/.package $(VENV)/.dev ## an editable install with every development
 clean: ## removes what was built and generated; keeps .venv
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@rm -rf client/python/*.egg-info server/*.egg-info
-	@find client/python server \( -name '*_pb2*.py*' -o -name '*.so' \) -type f -exec rm -f {} +
+	@rm -rf client/node/node_modules client/node/src/gen client/node/dist
+	@find client/python server \( -name '*_pb2*.py*' -o -name '*.binpb' -o -name '*.so' \) -type f -exec rm -f {} +
 	@rm -f $(VENV)/.package
 
 # --- the checks, each alone ---------------------------------------------------------------------
@@ -122,7 +135,7 @@ check-proto: $(VENV)/.dev
 	$(BIN)/buf format --diff --exit-code
 
 check-cpp: $(VENV)/.dev
-	find csrc \( -name '*.hpp' -o -name '*.cpp' \) -exec $(BIN)/clang-format --dry-run -Werror {} +
+	find csrc client/cpp \( -name '*.hpp' -o -name '*.cpp' \) -exec $(BIN)/clang-format --dry-run -Werror {} +
 
 check-tracked:
 	tools/check_tracked.sh

@@ -41,6 +41,7 @@ _EVENTS: Final = frozenset(
         "remeasured",
         "remove_model",
         "request",
+        "set_aside",
         "set_budget",
         "set_device_closed",
         "set_tier_budget",
