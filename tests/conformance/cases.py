@@ -17,18 +17,7 @@ DEVICE_GROUPS = ("device", "hf_precedence")
 KEYED_GROUPS = ("keyed_models", "beam_model_manager")
 JUDGED_GROUPS = (*DEVICE_GROUPS, *KEYED_GROUPS)
 
-_HANDLER = "needs a Beam handler (modelyard.integrations.beam)"
-NOT_YET: Mapping[str, str] = {
-    "copies_conflict": _HANDLER,
-    "prefn_inside_mapping": _HANDLER,
-    "fn_order": _HANDLER,
-    "ignored_child_settings": _HANDLER,
-    "defaults": _HANDLER,
-    "prediction_result": _HANDLER,
-    "maybe_keyed": _HANDLER,
-    # Over gRPC a call without items is refused, and so is a list without items by the client.
-    "route_batch_empty": _HANDLER,
-}
+NOT_YET: Mapping[str, str] = {}
 """Operations that cannot be judged yet, and what each needs."""
 
 VARIABLE = "MODELYARD_CASES"

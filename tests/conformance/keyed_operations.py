@@ -1,7 +1,7 @@
 """The recorded calls on Beam's keyed models, done with modelyard: see ``operations``.
 
 Keys and updates are judged on the table that the server resolves with, residency on the decision
-core and on real servers with real models. What needs a Beam handler is named in ``cases.NOT_YET``.
+core and on real servers with real models, and what Beam asks of a handler on real handlers.
 """
 
 from __future__ import annotations
@@ -219,6 +219,56 @@ def same_model_twice_at_once(_library: object, given: Any) -> object:
     return keyed_servers.concurrent_requests_for_one_model(found.group(1), 2)
 
 
+def _handlers() -> Any:
+    """The handlers; imported when one is asked for, because that imports Beam."""
+    from tests.conformance import keyed_handlers
+
+    return keyed_handlers
+
+
+def route_batch_empty(_library: object, given: Any) -> object:
+    return _handlers().keyed_answers(
+        _COHORTS, [(str(key), float(x)) for key, x in map(pair, given)]
+    )
+
+
+def copies_conflict(_library: object, given: Any) -> object:
+    found = re.fullmatch(r"model_copies=(\d+) inside a keyed mapping", str(given))
+    if found is None:
+        raise NotUnderstood(f"no number of copies: {given!r}")
+    return _handlers().copies_in_a_mapping(int(found.group(1)))
+
+
+def prefn_inside_mapping(_library: object, given: Any) -> object:
+    if given is not None:
+        raise NotUnderstood(f"no argument is known here: {given!r}")
+    return _handlers().preprocessing_in_a_mapping()
+
+
+def fn_order(_library: object, given: Any) -> object:
+    return _handlers().function_order(part(given, "pre"), part(given, "post"))
+
+
+def ignored_child_settings(_library: object, given: Any) -> object:
+    if not isinstance(given, dict):
+        raise NotUnderstood(f"no settings: {given!r}")
+    return _handlers().batch_settings(given)
+
+
+def defaults(_library: object, given: Any) -> object:
+    if given is not None:
+        raise NotUnderstood(f"no argument is known here: {given!r}")
+    return _handlers().defaults()
+
+
+def prediction_result(_library: object, given: Any) -> object:
+    return _handlers().result_fields(*pair(given))
+
+
+def maybe_keyed(_library: object, given: Any) -> object:
+    return _handlers().keyed_and_unkeyed([(str(key), float(x)) for key, x in map(pair, given)])
+
+
 KEYED_OPERATIONS: dict[str, Operation] = {
     operation.__name__: operation
     for operation in (
@@ -226,6 +276,7 @@ KEYED_OPERATIONS: dict[str, Operation] = {
         key_types,
         hint_values,
         route_batch,
+        route_batch_empty,
         handler_returns_too_few,
         lru_trace,
         lru_loads,
@@ -238,6 +289,13 @@ KEYED_OPERATIONS: dict[str, Operation] = {
         cold_start,
         two_gpus,
         same_model_twice_at_once,
+        copies_conflict,
+        prefn_inside_mapping,
+        fn_order,
+        ignored_child_settings,
+        defaults,
+        prediction_result,
+        maybe_keyed,
     )
 }
 """By name; a name that goes on behind one of these (``update_paths_new_key``) is that call."""

@@ -156,6 +156,13 @@ def one_copy(op: str, given: Any) -> Difference | None:
     return Difference(name="one copy", outcome={"ok": told})
 
 
+def settings_of_mappings_count(op: str, given: Any) -> Difference | None:
+    """How batches are made is what the handlers of a keyed one's mappings say."""
+    if op != "ignored_child_settings":
+        return None
+    return Difference(name="settings of mappings count", outcome={"ok": dict(given)})
+
+
 def loops_are_kept(op: str, given: Any) -> Difference | None:
     """A cycle that is longer than the cap does not miss every time for ever."""
     if not op.startswith("lru_trace"):
@@ -190,6 +197,7 @@ KEYED_RULES: tuple[Rule, ...] = (
     sizes_are_known,
     devices_are_told_apart,
     one_copy,
+    settings_of_mappings_count,
     loops_are_kept,
     requests_are_served_together,
 )

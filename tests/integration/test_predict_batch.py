@@ -347,7 +347,7 @@ async def test_a_defect_of_the_server_is_one_items(
     real = InferenceService.check
 
     def check(self: InferenceService, asked: Any) -> None:
-        if asked.request.key == "b":
+        if asked.key == "b":
             raise ZeroDivisionError("secret")
         real(self, asked)
 

@@ -225,7 +225,11 @@ async def test_a_model_that_routes_lead_to_is_not_deleted(yard: RunningApp) -> N
     ("change", "text"),
     [
         ({}, "must name at least one field"),
-        ({"update_mask": {"paths": ["etag"]}}, "'etag' cannot be changed; keys, model can"),
+        (
+            {"update_mask": {"paths": ["etag"]}},
+            "'etag' cannot be changed; keys, prefixes, model, split, sequence, ensemble, shadow, "
+            "fallback, versions, versions.current, versions.canary can",
+        ),
         ({"update_mask": {"paths": ["keys"]}, "add_keys": ["x"]}, "replaces them all"),
         ({"add_keys": ["x"], "remove_keys": ["x"]}, "'x' is to be added and removed"),
         ({"remove_keys": ["zz"]}, "'zz' is no key of routes/r"),

@@ -107,6 +107,17 @@ def test_type_information_is_installed(package: str, file: str) -> None:
     assert importlib.resources.files(package).joinpath(file).is_file()
 
 
+def test_the_descriptors_of_the_foreign_protocol_are_installed() -> None:
+    folder = importlib.resources.files("modelyard_server").joinpath("services", "oip")
+    assert folder.joinpath("inference.binpb").is_file(), "run `make dev`"
+
+
+def test_no_stubs_of_the_foreign_protocol_are_installed() -> None:
+    # They would clash with those of any client of it in the same process.
+    assert not list((ROOT / "client" / "python").glob("inference*"))
+    assert not list((ROOT / "server").rglob("grpc_service_pb2*"))
+
+
 def test_the_demo_text_is_installed() -> None:
     data = importlib.resources.files("modelyard_server").joinpath("demo", "data")
     assert [entry.name for entry in data.iterdir() if entry.name.endswith(".tsv")]
@@ -180,6 +191,7 @@ def test_nothing_generated_and_no_package_index_is_tracked() -> None:
     [
         ("client/python/modelyard/v1/device_pb2.py", ""),
         ("server/modelyard_server/_core.cpython-311-x86_64-linux-gnu.so", ""),
+        ("server/modelyard_server/services/oip/inference.binpb", ""),
         ("model.safetensors", ""),
         ("requirements.txt", "--extra-index-url " + "https:" + "//example.test/simple\n"),
         ("docs/install.md", "Get it from " + "py" + "pi.org.\n"),

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from modelyard.v1 import inference_service_pb2 as pb
 from modelyard.v1 import tensor_pb2
 from modelyard_server.runtimes.tensors import DType, TensorValue
-from modelyard_server.services.tensors import parse_request, serialize_response, to_value
+from modelyard_server.services.tensors import (
+    parse_request,
+    parse_stream_items,
+    serialize_response,
+    serialize_stream_result,
+    to_value,
+)
 
 LARGE = 40_000
 
@@ -90,6 +96,78 @@ def test_a_response_is_what_protobuf_would_have_written(
     parsed = pb.PredictResponse.FromString(serialize_response(values, served))
     assert parsed.served == served
     assert [to_value(output) for output in parsed.outputs] == values
+
+
+@st.composite
+def stream_items(draw: st.DrawFn) -> pb.PredictStreamItem:
+    item = pb.PredictStreamItem(id=draw(st.integers(-(2**63), 2**63 - 1)))
+    if draw(st.booleans()):
+        item.timeout.seconds = draw(st.integers(-1, 10**6))
+    if draw(st.booleans()):
+        inputs = draw(st.lists(tensors(), max_size=3))
+        item.request.CopyFrom(pb.PredictRequest(key=draw(st.text(max_size=5)), inputs=inputs))
+    return item
+
+
+@given(items=st.lists(stream_items(), max_size=5), twice=st.booleans(), noise=st.binary(max_size=9))
+def test_items_of_a_stream_parse_as_protobuf_parses_them(
+    items: list[pb.PredictStreamItem], twice: bool, noise: bytes
+) -> None:
+    body = pb.PredictStreamRequest(items=items).SerializeToString()
+    if twice and items:
+        # An item whose request stands in it in two parts, which protobuf puts together.
+        whole = items[0].SerializeToString()
+        more = pb.PredictStreamItem(request=pb.PredictRequest(version="v")).SerializeToString()
+        body += b"\x0a" + bytes(_length(len(whole) + len(more))) + whole + more
+    body += noise
+    expected: pb.PredictStreamRequest | None
+    try:
+        expected = pb.PredictStreamRequest.FromString(body)
+    except DecodeError:
+        expected = None
+    try:
+        found = parse_stream_items(body)
+    except DecodeError:
+        assert expected is None
+        return
+    assert expected is not None
+    assert len(found) == len(expected.items)
+    for item, wanted in zip(found, expected.items, strict=True):
+        request = pb.PredictRequest()
+        request.CopyFrom(item.request)
+        for i, raw in item.contents.items():
+            request.inputs[i].raw = raw
+        assert request == wanted.request
+        assert item.message.HasField("request") == wanted.HasField("request")
+        assert (item.message.id, item.message.timeout) == (wanted.id, wanted.timeout)
+
+
+def _length(size: int) -> list[int]:
+    """A length as protobuf writes it."""
+    encoded = []
+    while size >= 0x80:
+        encoded.append(size & 0x7F | 0x80)
+        size >>= 7
+    return [*encoded, size]
+
+
+@given(st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.text(max_size=200), st.booleans())))
+def test_results_of_a_stream_are_what_protobuf_would_have_written(
+    results: list[tuple[int, str, bool]],
+) -> None:
+    wanted = pb.PredictStreamResponse()
+    parts: list[bytes] = []
+    for item_id, text, is_error in results:
+        result = wanted.results.add(id=item_id)
+        if is_error:
+            error = pb.PredictBatchError(message=text)
+            result.error.CopyFrom(error)
+            parts += serialize_stream_result(item_id, error)
+        else:
+            served = pb.Served(model=text)
+            result.response.served.CopyFrom(served)
+            parts += serialize_stream_result(item_id, serialize_response([], served))
+    assert pb.PredictStreamResponse.FromString(b"".join(parts)) == wanted
 
 
 def test_byte_strings_travel_too() -> None:

@@ -369,10 +369,17 @@ def _forget_peak(pid: int) -> int:
 
 
 async def peak_growth(pids: list[int], doing: Callable[[], Awaitable[Any]]) -> int:
-    """By how many bytes at most the resident memory of any of these processes rose meanwhile."""
-    before = [_forget_peak(pid) for pid in pids]
+    """By how many bytes at most the resident memory of any of these processes rose meanwhile.
+
+    Pages of files do not count: a machine that had taken those of a library away gives them back
+    whenever it is used, and that is nobody's growth.
+    """
+    before = [(_forget_peak(pid), _memory_of(pid, "RssFile")) for pid in pids]
     await doing()
-    return max(_memory_of(pid, "VmHWM") - held for pid, held in zip(pids, before, strict=True))
+    return max(
+        _memory_of(pid, "VmHWM") - held - max(0, _memory_of(pid, "RssFile") - files)
+        for pid, (held, files) in zip(pids, before, strict=True)
+    )
 
 
 def slow_file(folder: Path, rows: int = 2**25) -> Path:

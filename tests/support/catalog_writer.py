@@ -24,6 +24,7 @@ from modelyard_server.catalog.records import (
     Owner,
     PlacementRecord,
     RequestRecord,
+    RouteRecord,
     Stored,
 )
 from modelyard_server.catalog.store import CatalogStore
@@ -66,6 +67,8 @@ def change_of(number: int) -> Change:
     return Change(
         put_models=tuple(m for m in after.models if m.etag == marker_of(number)),
         delete_models=(f"passing-{number - _PASSING}",),
+        put_routes=tuple(r for r in after.routes if r.etag == marker_of(number)),
+        delete_routes=(f"passing-{number - _PASSING}",),
         put_devices=after.devices,
         put_placements=after.placements,
         new_plan=True,
@@ -93,6 +96,13 @@ def state_of(number: int) -> Stored:
         model(f"passing-{n}", etag=marker_of(n))
         for n in range(max(1, number - _PASSING + 1), number + 1)
     ]
+    routes = [
+        _route(f"lasting-{i}", (i + number) % _LASTING, marker, keys=True) for i in range(_LASTING)
+    ]
+    routes += [
+        _route(f"passing-{n}", n + _LASTING, marker_of(n), keys=False)
+        for n in range(max(1, number - _PASSING + 1), number + 1)
+    ]
     return Stored(
         models=tuple(sorted(lasting + passing, key=lambda m: m.id)),
         devices=(
@@ -103,6 +113,22 @@ def state_of(number: int) -> Stored:
         placements=(PlacementRecord(model="lasting-0", placement={"": marker}, origin=marker),),
         plan_revision=number,
         plan_time=NOON,
+        routes=tuple(sorted(routes, key=lambda r: r.id)),
+    )
+
+
+def _route(name: str, place: int, marker: str, *, keys: bool) -> RouteRecord:
+    """A route of a key, if it is to have one, and a prefix, both of a place."""
+    return RouteRecord(
+        id=name,
+        owner=Owner.API,
+        keys=(f"routed-{place}",) if keys else (),
+        target={"fallback": {"targets": [marker, f"routes/{name}"]}},
+        created=NOON,
+        updated=NOON,
+        etag=marker,
+        origin="",
+        prefixes=(f"prefix-{place}/",),
     )
 
 

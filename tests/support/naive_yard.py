@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, Final
 
 from modelyard_server import _core
 from modelyard_server._core import LoadFailure, RefuseReason, State
@@ -19,6 +19,7 @@ __all__ = [
     "Actions",
     "Disagreement",
     "NaiveAccount",
+    "NaiveArrival",
     "NaiveModel",
     "NaiveTicket",
     "NaiveYard",
@@ -27,6 +28,9 @@ __all__ = [
 ]
 
 Charge = dict[int, int]
+
+REACH_MARGIN: Final = 1.25
+"""How much more than expected a hit has to have left."""
 
 
 class Disagreement(AssertionError):
@@ -59,6 +63,21 @@ class NaiveTicket:
     sequence: int
     arrival: int
     deadline: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NaiveArrival:
+    """A request that has just come.
+
+    Attributes:
+        ticket: of it.
+        state: of its model before.
+        alone: nobody waited for any model that does not load.
+    """
+
+    ticket: int
+    state: State
+    alone: bool
 
 
 @dataclass(slots=True, kw_only=True)
@@ -164,6 +183,7 @@ class NaiveYard:
         self._refusals: dict[int, RefuseReason] = {}
         self._grants: set[int] = set()
         self._own: int | None = None
+        self._arrival: NaiveArrival | None = None
         self._deficit_before: set[int] = set()
 
     # --- Sums -------------------------------------------------------------------------------------
@@ -340,6 +360,12 @@ class NaiveYard:
         self._begin(now)
         entry = self.models[model]
         _agree(ticket not in self.tickets and ticket not in self.ended, "a ticket's id came twice")
+        # Whoever waits for room or its turn; those whose model loads have it.
+        alone = not any(
+            model.waiting and model.state in (State.QUEUED, State.DRAINING, State.UNLOADING)
+            for model in self.models.values()
+        )
+        self._arrival = NaiveArrival(ticket=ticket, state=entry.state, alone=alone)
         full = (
             len(self.tickets) >= self.max_waiting
             or len(entry.waiting) >= self.max_waiting_per_model
@@ -466,6 +492,7 @@ class NaiveYard:
         if self.wake_at is not None and self.wake_at <= self.now:
             self.wake_at = None
         self._own = own
+        self._arrival = None
         self._refusals = {}
         self._grants = set()
         self.victims = []
@@ -512,7 +539,41 @@ class NaiveYard:
         self._end(grant.ticket, "granted")
         self._add_lease(model, grant.lease)
 
+    def _on_unreachable(self, refuse: _core.Refuse) -> None:
+        """Who arrives is told that it would be answered too late.
+
+        How long it would take is the core's to say; that it says so for a reason is checked.
+        """
+        arrival = self._arrival
+        _agree(
+            arrival is not None and arrival.ticket == refuse.ticket,
+            "only who arrives is told that it comes too late",
+        )
+        assert arrival is not None
+        waiting = self.tickets[refuse.ticket]
+        entry, left = self.models[waiting.model], waiting.deadline - self.now
+        _agree(refuse.ticket not in self._refusals, "it is refused for another reason")
+        _agree(left > 0 and waiting.deadline != _core.NEVER_NS, "no deadline is to come")
+        resident = arrival.state == State.RESIDENT
+        _agree(resident or entry.load_count > 0, "what a load takes has not been measured")
+        _agree(refuse.left_ns == left, "that is not what is left")
+        _agree(refuse.needs_ns * (REACH_MARGIN if resident else 1) > left, "there is time enough")
+        _agree(
+            arrival.state in (State.RESIDENT, State.LOADING)
+            or refuse.needs_ns >= entry.reload_s * 1e9 - 1,
+            "a load would take longer than that",
+        )
+        _agree(refuse.retry_after_ns > 0, "when it could is not said")
+        self._grants.discard(refuse.ticket)
+        self._end(refuse.ticket, "refused")
+        # Where nobody else waits the model is loaded all the same: it has been asked for then.
+        if not arrival.alone and arrival.state in (State.COLD, State.FAILED):
+            entry.state = arrival.state
+
     def _on_refuse(self, refuse: _core.Refuse) -> None:
+        if refuse.reason == RefuseReason.DEADLINE_UNREACHABLE:
+            self._on_unreachable(refuse)
+            return
         reason = self._refusals.pop(refuse.ticket, None)
         if reason is None:
             # Only one more thing ends a wait: that it has become hopeless.

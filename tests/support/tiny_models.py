@@ -7,6 +7,7 @@ Nothing here needs modelyard.
     make_tiny_bert            encoder; with num_labels a text classifier
     make_tiny_masked_lm       encoder with a masked language model head, tied to its embeddings
     make_tiny_gpt2            decoder with a tied head
+    make_tiny_decoder         decoders of other kinds: rotary positions, a window, no memory
     make_tiny_vit             image classifier
     make_tiny_mlp             plain torch state dict of a TinyMlp, for the factory MLP_FACTORY
 """
@@ -28,6 +29,7 @@ __all__ = [
     "WORDS",
     "TinyMlp",
     "make_tiny_bert",
+    "make_tiny_decoder",
     "make_tiny_gpt2",
     "make_tiny_masked_lm",
     "make_tiny_mlp",
@@ -159,6 +161,56 @@ def make_tiny_gpt2(
         initializer_range=0.5,
     )
     return _save(transformers.GPT2LMHeadModel, config, folder, seed, dtype)
+
+
+def make_tiny_decoder(
+    folder: Path, kind: str, *, seed: int, positions: int = 64, ends: bool = True
+) -> Path:
+    """Makes a decoder of another kind than GPT-2 (task text-generation).
+
+    Args:
+        folder: the model's folder.
+        kind: "llama" (rotary positions), "mistral" (the same with a window of 8 tokens), "bloom"
+            (distances instead of positions) or "gpt1" (it remembers nothing from step to step).
+        seed: of its weights.
+        positions: most tokens of a text.
+        ends: it has a token that says that a text is at its end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {
+        "vocab_size": make_tokenizer(folder, for_encoder=False),
+        "hidden_size": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 0 if ends else None,
+        "initializer_range": 0.5,
+    }
+    attention: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": positions,
+    }
+    tokenizer = folder / "tokenizer_config.json"
+    limited = json.loads(tokenizer.read_text()) | {"model_max_length": positions}
+    tokenizer.write_text(json.dumps(limited))
+    config: Any
+    match kind:
+        case "llama":
+            config, cls = transformers.LlamaConfig(**settings, **attention), "LlamaForCausalLM"
+        case "mistral":
+            config = transformers.MistralConfig(**settings, **attention, sliding_window=8)
+            cls = "MistralForCausalLM"
+        case "bloom":
+            settings |= {"n_layer": 2, "n_head": 4}
+            config, cls = transformers.BloomConfig(**settings), "BloomForCausalLM"
+        case "gpt1":
+            settings |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": positions}
+            del settings["hidden_size"]
+            config, cls = transformers.OpenAIGPTConfig(**settings), "OpenAIGPTLMHeadModel"
+        case _:
+            raise ValueError(kind)
+    return _save(getattr(transformers, cls), config, folder, seed, torch.float32)
 
 
 def make_tiny_vit(

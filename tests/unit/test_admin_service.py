@@ -17,6 +17,7 @@ from modelyard_server.residency.values import NEVER_NS, ModelHandle, YardSetting
 from modelyard_server.runtimes.api import ModelSpec, Price
 from modelyard_server.services.admin import AdminService
 from modelyard_server.services.inference import InferenceFigures
+from modelyard_server.services.shadows import ShadowFigures
 from modelyard_server.transport.api import Call
 
 CALL = Call(b"", lambda: None, None)
@@ -51,7 +52,11 @@ class Yard:
             now_ns=self.clock,
         )
         self.service = AdminService(
-            residency=self.residency, engine=self.engine, figures=InferenceFigures(), runtimes=()
+            residency=self.residency,
+            engine=self.engine,
+            figures=InferenceFigures(),
+            shadows=ShadowFigures(),
+            runtimes=(),
         )
 
     def add(self, name: str) -> ModelHandle:

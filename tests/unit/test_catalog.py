@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelyard_server.catalog.catalog import Catalog
 from modelyard_server.catalog.model import Model, ModelDraft, is_key, is_model_id
 from modelyard_server.catalog.records import Owner
-from modelyard_server.catalog.route import Route
+from modelyard_server.catalog.route import Route, RouteDraft, RouteTarget
 from modelyard_server.devices.placed import whole
 from modelyard_server.errors import Reason, Refusal, Resource
 from modelyard_server.residency.values import ModelHandle
+from modelyard_server.routing.key_table import KeyChange
 from modelyard_server.routing.resolve import resolve
+from modelyard_server.routing.targets import (
+    Fallback,
+    Link,
+    One,
+    Target,
+    links_of,
+    single_model,
+)
 from modelyard_server.runtimes.api import ModelSpec, Price
 
 
@@ -48,19 +60,26 @@ def test_a_model_goes_by_its_id_and_its_keys_until_it_is_removed() -> None:
     assert catalog.get("m") is model
     assert dict(keys) == {"m": model, "a/b": model, "m:v2": model}
     for key in keys:
-        assert resolve(keys, key) is model
+        assert resolve(keys, catalog, key) is model
     catalog.remove(model)
     assert not keys
     assert catalog.models() == []
     catalog.add(model_of("m", "a/b"))
 
 
-def route_of(route_id: str, model: str, *keys: str) -> Route:
+def route_of(
+    route_id: str,
+    model: str,
+    *keys: str,
+    target: Target | None = None,
+    prefixes: tuple[str, ...] = (),
+) -> Route:
     time = datetime(2026, 1, 1, tzinfo=UTC)
     return Route(
         id=route_id,
         keys=keys,
-        model=model,
+        target=target or One(model),
+        prefixes=prefixes,
         owner=Owner.API,
         created=time,
         updated=time,
@@ -142,10 +161,177 @@ def test_whatever_is_changed_a_key_means_what_models_and_routes_say(
             for key in route.keys:
                 assert key not in wanted
                 assert catalog.route_of(key) == route
-                if route.model in models:
-                    wanted[key] = models[route.model]
+                meant = single_model(route.target)
+                if meant is not None and meant in models:
+                    wanted[key] = models[meant]
         assert dict(catalog.keys) == wanted
         assert all(catalog.keys[key] is model for key, model in wanted.items())
+
+
+TARGETS: tuple[Target, ...] = (
+    One("a"),
+    One("b"),
+    Fallback((Link("models", "a"), Link("models", "b"))),
+    Fallback((Link("models", "a"), Link("routes", "r2"))),
+)
+NAMES = st.text("pq", max_size=3)
+
+
+def meaning(
+    models: Mapping[str, Model], routes: Mapping[str, Route], key: str
+) -> Model | Route | None:
+    """What a key means, by looking at everything."""
+    own = [model for model in models.values() if key in (model.id, *model.draft.keys)]
+    exact = [route for route in routes.values() if key in route.keys]
+    by_prefix = [
+        (len(prefix), route)
+        for route in routes.values()
+        for prefix in route.prefixes
+        if key.startswith(prefix)
+    ]
+    assert len(own) + len(exact) <= 1
+    if own:
+        return own[0]
+    if exact:
+        model_id = single_model(exact[0].target)
+        return exact[0] if model_id is None else models.get(model_id, exact[0])
+    return max(by_prefix, key=lambda found: found[0])[1] if by_prefix else None
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["route", "routes", "drop route", "model", "drop model"]),
+            st.sampled_from(["r1", "r2", "r3"]),
+            st.sampled_from(TARGETS),
+            st.lists(NAMES.filter(bool), max_size=3, unique=True),
+            st.lists(NAMES, max_size=3, unique=True),
+        ),
+        max_size=15,
+    )
+)
+def test_every_key_means_what_a_look_at_everything_says(
+    steps: list[tuple[str, str, Target, list[str], list[str]]],
+) -> None:
+    catalog = Catalog()
+    models: dict[str, Model] = {}
+    routes: dict[str, Route] = {}
+    every = ["a", "b", *("".join(each) for n in range(5) for each in product("pq", repeat=n))]
+    for what, route_id, target, keys, prefixes in steps:
+        new = route_of(route_id, "", *keys, target=target, prefixes=tuple(prefixes))
+        old = routes.get(route_id)
+        model_id = links(target)[0].id
+        before = {key: meaning(models, routes, key) for key in every}
+        told: tuple[KeyChange[RouteTarget], ...] = ()
+        try:
+            match what:
+                case "route" if old is not None:
+                    catalog.check_route_free(new.id, new.keys, new.prefixes, but_for=old)
+                    told = catalog.changed_by(old, new)
+                    catalog.replace_route(old, new)
+                    routes[route_id] = new
+                case "route":
+                    catalog.add_routes(new)
+                    routes[route_id] = new
+                case "routes":
+                    both = [new, route_of(f"{route_id}x", "a", *keys[1:], prefixes=("pqpq",))]
+                    catalog.add_routes(*both)
+                    routes.update((route.id, route) for route in both)
+                case "drop route" if old is not None:
+                    catalog.remove_route(routes.pop(route_id))
+                case "model" if model_id in models:
+                    changed = model_of(model_id, *keys)
+                    catalog.replace(models[model_id], changed)
+                    models[model_id] = changed
+                case "model":
+                    model = model_of(model_id, *keys)
+                    catalog.add(model)
+                    models[model_id] = model
+                case "drop model" if model_id in models:
+                    catalog.remove(models.pop(model_id))
+        except Refusal as refusal:
+            assert refusal.reason is Reason.ALREADY_EXISTS
+            assert {key: meaning(models, routes, key) for key in every} == before
+        for key in every:
+            found = catalog.keys.get(key) or catalog.routed(key)
+            wanted = meaning(models, routes, key)
+            assert found == wanted
+            assert key not in catalog.keys or catalog.routed(key) is None
+        for route in routes.values():
+            assert catalog.get_route(route.id) == route
+            assert catalog.target_of(route.id) == route.target
+        for link in {link for target in TARGETS for link in links(target)}:
+            leading = {route.id for route in routes.values() if link in links(route.target)}
+            assert set(catalog.leading_to(link)) == leading
+        for change in told:
+            key = str(change.key)
+            now = meaning(models, routes, key)
+            for meant, found in ((change.before, before[key]), (change.after, now)):
+                assert (meant and meant.name) == name_of(found)
+            assert name_of(before[key]) != name_of(now)
+
+
+def name_of(found: Model | Route | None) -> str | None:
+    if found is None:
+        return None
+    return found.meaning.name if isinstance(found, Route) else f"models/{found.id}"
+
+
+def links(target: Target) -> list[Link]:
+    return [link for _, link in links_of(target)]
+
+
+def test_a_key_of_its_own_wins_over_prefixes_and_the_longest_prefix_over_others() -> None:
+    catalog = Catalog()
+    model = model_of("m", "acme/own")
+    catalog.add(model)
+    default = route_of("default", "m", prefixes=("",))
+    acme = route_of("acme", "gone", "acme/exact", prefixes=("acme/", "acme/x/"))
+    catalog.add_routes(default, acme)
+    assert catalog.routed("acme/own") is None
+    assert catalog.keys["acme/own"] is model
+    # Its model is not there, which is for whoever asks to say, and no reason to look further.
+    assert catalog.routed("acme/exact") is acme
+    assert catalog.routed("acme/x/1") is acme
+    assert catalog.routed("acme/") is acme
+    assert catalog.routed("acme") is default
+    assert catalog.routed("m") is None
+    with pytest.raises(Refusal, match="prefix 'acme/' exists already, and means models/gone by"):
+        catalog.add_routes(route_of("other", "m", prefixes=("acme/",)))
+    catalog.remove_route(default)
+    assert catalog.routed("acme") is None
+
+
+def test_what_a_key_would_lose_or_get_by_a_prefix_is_told() -> None:
+    catalog = Catalog()
+    catalog.add(model_of("m"))
+    fallback = Fallback((Link("models", "m"), Link("models", "m")))
+    default = route_of("default", "", prefixes=("",), target=fallback)
+    old = route_of("r", "m", "a", "b")
+    catalog.add_routes(default, old)
+    new = route_of("r", "m", "b", "c")
+    assert catalog.changed_by(old, new) == (
+        KeyChange("c", default.meaning, new.meaning),
+        KeyChange("a", old.meaning, default.meaning),
+    )
+    assert [(meant.name, str(meant)) for meant in (default.meaning, new.meaning)] == [
+        ("routes/default", "routes/default"),
+        ("models/m", "models/m by routes/r"),
+    ]
+
+
+def test_a_route_of_a_model_has_the_digest_that_it_had_before_there_were_other_kinds() -> None:
+    """Or every such route of a file would count as changed by an upgrade."""
+    draft = RouteDraft(id="r", keys=("b", "a", "b"), target=One("m"))
+    assert draft.digest() == hashlib.sha256(b'["r", ["b", "a"], "m"]').hexdigest()
+    others = [
+        RouteDraft(id="r", keys=("b", "a"), target=One("m"), prefixes=("p",)),
+        RouteDraft(id="r", keys=("b", "a"), target=Fallback((Link("models", "m"),))),
+        RouteDraft(id="r", keys=("b", "a"), target=Fallback((Link("models", "m"),), True)),
+        RouteDraft(id="r", keys=("b", "a"), target=Fallback((Link("routes", "m"),))),
+    ]
+    assert len({each.digest() for each in (draft, *others)}) == 5
 
 
 def test_the_view_of_the_keys_cannot_be_written() -> None:
@@ -224,7 +410,7 @@ def test_an_unknown_model_is_not_found() -> None:
 def test_an_unknown_key_is_not_found_and_a_long_one_is_shortened() -> None:
     for key, shown in (("k", "k"), ("k" * 256, "k" * 61 + "...")):
         with pytest.raises(Refusal) as caught:
-            resolve({}, key)
+            resolve({}, Catalog(), key)
         assert caught.value.reason is Reason.KEY_NOT_FOUND
         assert caught.value.resource == Resource("key", shown)
         assert len(caught.value.text) < 120
@@ -234,7 +420,7 @@ def test_an_unknown_key_is_not_found_and_a_long_one_is_shortened() -> None:
 def test_what_can_be_no_key_is_refused_as_such(key: str) -> None:
     assert not is_key(key)
     with pytest.raises(Refusal) as caught:
-        resolve({}, key)
+        resolve({}, Catalog(), key)
     assert caught.value.reason is Reason.INVALID_FIELD
     assert [v.field for v in caught.value.violations] == ["key"]
     assert key[:40] not in caught.value.text or len(key) < 3

@@ -76,7 +76,7 @@ def route(route_id: str, **values: Any) -> RouteRecord:
     fields: dict[str, Any] = {
         "owner": Owner.API,
         "keys": ("k",),
-        "model": "a",
+        "target": {"model": "a"},
         "created": NOON,
         "updated": NOON,
         "etag": '"1"',
@@ -217,13 +217,13 @@ async def test_the_oldest_answers_are_forgotten() -> None:
 
 
 async def test_routes_are_kept_changed_and_deleted(store: CatalogStore) -> None:
-    first = route("r", keys=("k2", "k1"), model="gone")
+    first = route("r", keys=("k2", "k1"), target={"model": "gone"})
     await store.write(Change(put_models=(model("a", keys=("own",)),), put_routes=(first,)))
     await store.write(Change(put_routes=(route("q", keys=("k3",)),)))
     assert store.read().routes == (route("q", keys=("k3",)), first)
     assert [kept.keys for kept in store.read().models] == [("own",)]
     # A key goes from one route to another, and one from a route to a model, in one change.
-    moved = route("q", keys=("k1", "k3"), model="a", etag='"2"', updated=LATER)
+    moved = route("q", keys=("k1", "k3"), target={"model": "a"}, etag='"2"', updated=LATER)
     await store.write(
         Change(
             put_routes=(replace(first, keys=("own",)), moved),
@@ -240,9 +240,30 @@ async def test_routes_are_kept_changed_and_deleted(store: CatalogStore) -> None:
     assert store.read().routes == ()
 
 
+async def test_targets_and_prefixes_of_routes_are_kept_changed_and_deleted(
+    store: CatalogStore,
+) -> None:
+    split = {"split": {"branches": [{"name": "ä\ud800", "weight": 2**53}], "tolerance": 0.1}}
+    first = route("r", keys=(), prefixes=("acme/", "", "acme/x"), target=split)
+    await store.write(Change(put_routes=(first, route("q", prefixes=("b",)))))
+    assert store.read().routes == (route("q", prefixes=("b",)), first)
+    # A prefix goes from one route to another in one change.
+    given, taken = replace(first, prefixes=("acme/",)), route("q", prefixes=("", "b"))
+    await store.write(Change(put_routes=(taken, given)))
+    assert store.read().routes == (taken, given)
+    await store.write(Change(delete_routes=("r",)))
+    await store.write(Change(put_routes=(replace(taken, prefixes=("acme/",)),)))
+    assert store.read().routes == (replace(taken, prefixes=("acme/",)),)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        (
+            lambda: Change(put_routes=(route("s", prefixes=("x", "p/")),)),
+            "prefix 'p/' .* routes 'r' and 's'",
+        ),
+        (lambda: Change(put_routes=(route("s", prefixes=("", "")),)), "prefixes .* '' is given"),
         (lambda: Change(put_routes=(route("s", keys=("k1",)),)), "'k1' .* routes 'r' and 's'"),
         (lambda: Change(put_routes=(route("s", keys=("a",)),)), "'a' .* model 'a' .* route 's'"),
         (lambda: Change(put_models=(model("k1"),)), "'k1' .* model 'k1' .* route 'r'"),
@@ -254,11 +275,47 @@ async def test_routes_are_kept_changed_and_deleted(store: CatalogStore) -> None:
 async def test_a_route_whose_keys_are_taken_changes_nothing(
     store: CatalogStore, change: Any, text: str
 ) -> None:
-    await store.write(Change(put_models=(model("a"),), put_routes=(route("r", keys=("k1",)),)))
+    first = route("r", keys=("k1",), prefixes=("p/",))
+    await store.write(Change(put_models=(model("a"),), put_routes=(first,)))
     before = store.read()
     with pytest.raises(ValueError, match=text):
         await store.write(change())
     assert store.read() == before
+
+
+async def test_routes_of_a_file_that_knew_one_kind_mean_their_models(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA foreign_keys = ON")
+        schema.migrate(connection, schema.MIGRATIONS[:2])
+        connection.execute(
+            "INSERT INTO models VALUES"
+            " ('a', 'api', '', '', 'identity', '', '{}', 'null', 0, 0, 'e', '')"
+        )
+        connection.execute(
+            "INSERT INTO route_records VALUES ('r', 'config', 'a.b-c_d', 1, 2, '\"e\"', 'o'),"
+            " ('s', 'api', 'gone', 3, 3, '', '')"
+        )
+        connection.execute(
+            "INSERT INTO routes VALUES ('a', 'a', NULL, NULL), ('k2', NULL, 'r', 0),"
+            " ('k1', NULL, 'r', 1), ('k3', NULL, 's', 0)"
+        )
+    store = CatalogStore.open(path)
+    first, second = store.read().routes
+    assert (first.id, first.owner, first.keys) == ("r", Owner.CONFIG, ("k2", "k1"))
+    assert (first.target, first.prefixes) == ({"model": "a.b-c_d"}, ())
+    assert (first.etag, first.origin) == ('"e"', "o")
+    assert first.updated - first.created == timedelta(microseconds=1)
+    assert (second.id, second.target, second.keys) == ("s", {"model": "gone"}, ("k3",))
+    with pytest.raises(ValueError, match="'k1' would mean"):
+        await store.write(Change(put_models=(model("k1"),)))
+    # What refers to the new tables goes with them.
+    await store.write(Change(put_routes=(replace(first, prefixes=("p",)),)))
+    await store.write(Change(delete_routes=("r",), delete_models=("a",)))
+    await store.write(Change(put_models=(model("k1", keys=("a", "k2")),)))
+    await store.write(Change(put_routes=(replace(second, prefixes=("p",)),)))
+    await store.close()
+    assert integrity_of(path) == "ok"
 
 
 async def test_keys_of_a_file_without_routes_stay_those_of_its_models(tmp_path: Path) -> None:

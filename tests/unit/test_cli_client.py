@@ -129,6 +129,10 @@ class TestPredict:
                 "wait_s": 1.5,
                 "load_s": 0.25,
                 "run_s": 0.0,
+                "route": "",
+                "branch": "",
+                "version": "",
+                "steps": [],
             },
         }
 

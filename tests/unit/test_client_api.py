@@ -52,7 +52,7 @@ from modelyard.v1 import (
     tensor_pb2,
 )
 
-LIVE = ("recent_load_duration", "regret", "departures", "batches")
+LIVE = ("recent_load_duration", "regret", "departures", "batches", "shadows")
 """Fields of GetStatsResponse that are values of their own in the client."""
 
 PredictRequest = inference_service_pb2.PredictRequest
@@ -174,20 +174,45 @@ class TestPredict:
             wait_duration=Duration(seconds=1, nanos=500_000_000),
             load_duration=Duration(seconds=1),
             run_duration=Duration(nanos=2_000_000),
+            route="routes/r",
+            branch="a/b",
+            version="v2",
+            steps=[inference_service_pb2.Served(model="models/n", branch="a")],
         )
         server.answer("Predict", lambda request, context: PredictResponse(served=served))
         prediction = await asker.predict("k", "x")
-        assert dataclasses.asdict(prediction.served) == {
+        steps = prediction.served.steps
+        assert [(step.model, step.branch, step.cold) for step in steps] == [
+            ("models/n", "a", False)
+        ]
+        told = dataclasses.asdict(prediction.served)
+        del told["steps"]
+        assert told == {
             "model": "models/m",
             "device": "devices/cpu",
             "cold": True,
             "wait_s": 1.5,
             "load_s": 1.0,
             "run_s": 0.002,
+            "route": "routes/r",
+            "branch": "a/b",
+            "version": "v2",
         }
         assert len(prediction) == 0
         with pytest.raises(ValueError, match="the model has 0 outputs: none"):
             _ = prediction.only
+
+    async def test_affinity_and_version_are_sent(self, server: FakeServer, asker: Asker) -> None:
+        server.answer("Predict", echo)
+        await asker.predict("k", "x", affinity="user 7", version="stable")
+        await asker.predict("k", "x")
+        assert [(each.affinity, each.version) for each in server.requests] == [
+            ("user 7", "stable"),
+            ("", ""),
+        ]
+        for wrong in ({"affinity": 7}, {"version": b"v"}):
+            with pytest.raises(TypeError, match="must be a str or None"):
+                await asker.predict("k", "x", **wrong)
 
     async def test_a_hit_has_no_load_time(self, server: FakeServer, asker: Asker) -> None:
         served = inference_service_pb2.Served(wait_duration=Duration())
@@ -1040,6 +1065,7 @@ class TestAdmin:
             "regret": None,
             "departures": None,
             "batches": None,
+            "shadows": None,
         }
 
     def test_the_server_tells_how_it_does(self, server: FakeServer, admin: Admin) -> None:

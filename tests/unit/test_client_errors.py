@@ -79,6 +79,7 @@ BY_REASON = [
     ("CATALOG_UNAVAILABLE", Code.UNAVAILABLE, errors.CatalogUnavailable),
     ("WORKER_LOST", Code.UNAVAILABLE, errors.WorkerLost),
     ("ANSWER_TOO_LARGE", Code.RESOURCE_EXHAUSTED, errors.AnswerTooLarge),
+    ("UNSUPPORTED", Code.UNIMPLEMENTED, errors.ModelyardError),
 ]
 
 

@@ -159,7 +159,7 @@ def test_audit_of_a_sound_yard_says_nothing() -> None:
         ({"budgets": [_core.MAX_BYTES + 1]}, "budget"),
         (
             {"policy": "fifo"},
-            'no policy "fifo"; there are: ensemble learned next-use gap mix decay gdsf lru',
+            'no policy "fifo"; there are: ensemble learned next-use due gap mix decay gdsf lru',
         ),
         ({"loads_per_device": 0}, "load channel"),
         ({"max_waiting": 0}, "room for one"),

@@ -13,8 +13,8 @@ import pytest
 from tests.support.fake_engine import FakeEngine, FakeRun, turns
 
 from modelyard_server.errors import Code, Reason, Refusal
-from modelyard_server.execution.dispatch import run_leased
-from modelyard_server.execution.engine import ModelFailed, RunOutcome, nobody
+from modelyard_server.execution.dispatch import LeasedRuns, run_leased
+from modelyard_server.execution.engine import ModelFailed, RunOutcome, WorkerLost, nobody
 from modelyard_server.residency.shell import Lease
 from modelyard_server.runtimes.api import OptionError
 from modelyard_server.runtimes.tensors import DType, TensorError, TensorValue
@@ -227,3 +227,111 @@ async def test_an_error_leaves_nothing_of_its_request_to_the_garbage_collector(
         assert witness() is None
     finally:
         gc.enable()
+
+
+async def test_a_parameter_of_the_servers_own_is_refused_from_a_request(
+    engine: FakeEngine, lease: CountedLease
+) -> None:
+    with pytest.raises(OptionError, match="not known") as caught:
+        await run_leased(
+            engine, cast(Lease, lease), (VALUE,), {"k": 1, "modelyard.session": {}}, 60
+        )
+    assert caught.value.option == "modelyard.session"
+    assert engine.runs == []
+    assert lease.releases == 1
+
+
+class TestLeasedRuns:
+    """Several runs under one lease."""
+
+    async def test_the_lease_stays_between_runs_and_goes_at_the_end(
+        self, engine: FakeEngine, lease: CountedLease
+    ) -> None:
+        runs = LeasedRuns(engine, cast(Lease, lease), "ann")
+        for number in range(3):
+            task = asyncio.create_task(runs.run((VALUE,), {"modelyard.session": number}, 60))
+            await turns(2)
+            engine.runs[-1].finish((VALUE,))
+            assert await task == (VALUE,)
+            assert lease.releases == 0
+        runs.end()
+        runs.end()
+        assert lease.releases == 1
+        assert [run.parameters for run in engine.runs] == [
+            {"modelyard.session": number} for number in range(3)
+        ]
+        assert lease.handle.finished_runs == 3
+
+    async def test_a_last_run_is_done_before_the_lease_goes(
+        self, engine: FakeEngine, lease: CountedLease
+    ) -> None:
+        runs = LeasedRuns(engine, cast(Lease, lease))
+        runs.end({"last": 1})
+        runs.end({"another": 1})
+        assert [run.parameters for run in engine.runs] == [{"last": 1}]
+        assert lease.releases == 0
+        engine.runs[-1].finish(ModelFailed("ValueError", "story"))
+        assert lease.releases == 1
+
+    @pytest.mark.parametrize("last", [None, {"last": 1}])
+    async def test_what_runs_ends_first_whoever_has_gone(
+        self, engine: FakeEngine, lease: CountedLease, last: dict[str, Any] | None
+    ) -> None:
+        runs = LeasedRuns(engine, cast(Lease, lease))
+        task = asyncio.create_task(runs.run((VALUE,), {}, 60))
+        await turns(2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        runs.end(last)
+        (first,) = engine.runs
+        assert first.abandoned
+        assert lease.releases == 0
+        first.finish(None)
+        if last is not None:
+            assert lease.releases == 0
+            assert engine.runs[-1].parameters == last
+            engine.runs[-1].finish((VALUE,))
+        assert lease.releases == 1
+
+    async def test_a_deadline_is_told_as_of_one_run(
+        self, engine: FakeEngine, lease: CountedLease
+    ) -> None:
+        runs = LeasedRuns(engine, cast(Lease, lease))
+        with pytest.raises(Refusal) as caught:
+            await runs.run((VALUE,), {}, 0.0)
+        assert caught.value.reason is Reason.DEADLINE_IN_RUN
+        runs.end()
+        engine.runs[-1].finish((VALUE,))
+        assert lease.releases == 1
+
+    async def test_once_ended_nothing_runs_any_more(
+        self, engine: FakeEngine, lease: CountedLease
+    ) -> None:
+        runs = LeasedRuns(engine, cast(Lease, lease))
+        runs.end()
+        assert runs.is_ended
+        with pytest.raises(Refusal) as caught:
+            await runs.run((VALUE,), {}, 60)
+        assert caught.value.reason is Reason.DEADLINE_IN_RUN
+        assert engine.runs == []
+
+    async def test_an_error_leaves_nothing_behind(
+        self, engine: FakeEngine, lease: CountedLease
+    ) -> None:
+        runs = LeasedRuns(engine, cast(Lease, lease))
+        gc.disable()
+        try:
+            task = asyncio.create_task(runs.run((VALUE,), {}, 60))
+            await turns(2)
+            run = engine.runs.pop()
+            run.finish(WorkerLost("gone"))
+            with contextlib.suppress(WorkerLost):
+                await task
+            runs.end()
+            witness = weakref.ref(run)
+            del run, task
+            await turns()
+            assert witness() is None
+        finally:
+            gc.enable()

@@ -537,6 +537,27 @@ async def test_a_hit_that_would_be_answered_too_late_is_refused_at_once(benches:
         lease.release()
 
 
+async def test_leases_that_are_set_aside_make_no_deadline_unreachable(benches: Any) -> None:
+    bench = benches()
+    model = bench.add("m")
+    leases = await busy_with(bench, model, 10)
+    soon_ns = bench.now_ns() + 4 * 10**9
+    assert bench.residency.try_lease(model, soon_ns) is None
+    for lease in leases:
+        lease.set_aside()
+        lease.set_aside()
+    bench.residency.audit()
+    granted = bench.residency.try_lease(model, soon_ns)
+    assert granted is not None
+    granted.release()
+    # The model is in use all the same.
+    assert bench.residency.use(model).lease_count == len(leases)
+    bench.clock.advance(60)
+    for lease in leases:
+        lease.release()
+    bench.residency.audit()
+
+
 async def test_a_load_that_takes_too_long_is_refused_at_once(benches: Any) -> None:
     bench = benches(real_clock=True)
     model = bench.add("m")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.support.fake_engine import turns
 from modelyard import AutomaticPlacement, ComponentDevice, Device, PlacementStrategy
 from modelyard_server.catalog.model import Model, ModelDraft
 from modelyard_server.catalog.plans import PlanChange
-from modelyard_server.catalog.records import Change, Owner
+from modelyard_server.catalog.records import Change, Owner, RouteRecord
 from modelyard_server.catalog.restoring import ConfiguredModel
 from modelyard_server.errors import Reason, Refusal
 from modelyard_server.residency.values import NEVER_NS, State
@@ -549,3 +550,25 @@ async def test_a_record_that_makes_no_sense_is_void_with_a_line(
     assert server.model().placement == FIRST
     assert "the stored placement of m is void" in caplog.text
     assert server.store.read().placements == ()
+
+
+# --- Routes ---------------------------------------------------------------------------------------
+
+
+async def test_a_stored_route_of_a_kind_that_nobody_knows_stops_the_start(start: Starts) -> None:
+    """Left out, its keys would mean nothing, or something else by a prefix."""
+    record = RouteRecord(
+        id="r",
+        owner=Owner.API,
+        keys=("k",),
+        target={"quantum": {}},
+        created=datetime(2026, 1, 1, tzinfo=UTC),
+        updated=datetime(2026, 1, 1, tzinfo=UTC),
+        etag="e",
+        origin="",
+    )
+    server = await start()
+    await server.store.write(Change(put_routes=(record,)))
+    with pytest.raises(Refusal, match=r"routes\.r: what the catalog holds is no route") as caught:
+        await start()
+    assert caught.value.reason is Reason.INTERNAL

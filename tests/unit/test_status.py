@@ -46,6 +46,7 @@ CODES = {
     "CATALOG_UNAVAILABLE": Code.UNAVAILABLE,
     "WORKER_LOST": Code.UNAVAILABLE,
     "ANSWER_TOO_LARGE": Code.RESOURCE_EXHAUSTED,
+    "UNSUPPORTED": Code.UNIMPLEMENTED,
 }
 """The table of the design, and what the durable catalog added to it."""
 

@@ -22,7 +22,9 @@ from modelyard_server.services.status import defect_reply, reply_of
 from modelyard_server.transport.aio import AioTransport
 from modelyard_server.transport.api import (
     Call,
+    Duplex,
     Handler,
+    Link,
     StatusReply,
     StreamHandler,
     Streaming,
@@ -50,6 +52,10 @@ class Server:
         method_of: Any = self.channel.unary_stream(f"/{SERVICE}/{method}")
         return method_of(body, timeout=options.pop("timeout", PATIENCE_S), **options)
 
+    def duplex(self, method: str, **options: Any) -> Any:
+        method_of: Any = self.channel.stream_stream(f"/{SERVICE}/{method}")
+        return method_of(timeout=options.pop("timeout", PATIENCE_S), **options)
+
     def call(self, method: str, body: bytes = b"") -> Any:
         method_of: Any = self.channel.unary_unary(f"/{SERVICE}/{method}")
         return method_of(body, timeout=PATIENCE_S)
@@ -66,7 +72,7 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(**methods: Handler | Streaming) -> AsyncIterator[Server]:
+async def serving(**methods: Handler | Streaming | Duplex) -> AsyncIterator[Server]:
     tasks_before = asyncio.all_tasks()
     transport = AioTransport(
         {SERVICE: methods},
@@ -88,7 +94,8 @@ async def serving(**methods: Handler | Streaming) -> AsyncIterator[Server]:
 
     await eventually("no task of a call is left", lambda: not leftovers())
     assert not transport._carrier._streams
-    assert not transport._carrier.unary_tasks
+    assert not transport._carrier._links
+    assert not transport._carrier.finite_tasks
 
 
 class Watch:
@@ -506,6 +513,27 @@ async def test_a_handler_that_takes_its_time_to_clean_up_is_waited_for() -> None
     assert cleaned.is_set()
 
 
+async def test_a_stream_that_comes_to_its_end_is_waited_for_as_calls_are() -> None:
+    watch = Watch(b"a")
+    may_end = asyncio.Event()
+
+    async def tell(call: Call) -> Replies:
+        yield b"a"
+        await may_end.wait()
+        yield b"b"
+
+    async with serving(Tell=Streaming(tell, is_finite=True), Watch=Streaming(watch)) as server:
+        stream, endless = server.stream("Tell"), server.stream("Watch")
+        assert await stream.read() == await endless.read() == b"a"
+        stopping = asyncio.create_task(server.transport.stop(LONG_S))
+        _, error = await server.all_of(endless)
+        assert error is not None
+        assert not stopping.done()
+        may_end.set()
+        assert await server.all_of(stream) == ([b"b"], None)
+        await asyncio.wait_for(stopping, PATIENCE_S)
+
+
 # --- server_stream --------------------------------------------------------------------------------
 
 
@@ -555,3 +583,258 @@ async def test_closing_the_handler_closes_the_method_at_once() -> None:
     assert closed == []
     await replies.aclose()
     assert closed == ["s"]
+
+
+# --- Both ways ------------------------------------------------------------------------------------
+
+
+class Echo:
+    """A duplex handler that answers each message when it is let, and says how it was ended.
+
+    Attributes:
+        lets: answers may go.
+        read: messages it has read.
+        how: it was ended.
+    """
+
+    def __init__(self, *, end: StatusReply | None = None) -> None:
+        self.lets = asyncio.Event()
+        self.lets.set()
+        self.read: list[bytes] = []
+        self.how: type[BaseException] | str | None = None
+        self.calls: list[Call] = []
+        self._end = end
+
+    async def __call__(self, call: Call, link: Link) -> StatusReply | None:
+        self.calls.append(call)
+        try:
+            while (message := await link.read()) is not None:
+                self.read.append(message)
+                await self.lets.wait()
+                await link.write(message[::-1])
+        except BaseException as error:
+            self.how = type(error)
+            raise
+        self.how = "returned"
+        return self._end
+
+
+async def test_messages_go_both_ways_until_the_client_ends_its_side() -> None:
+    echo = Echo()
+    async with serving(Echo=Duplex(echo)) as server:
+        stream = server.duplex("Echo", metadata=(("x-tag", "t"),))
+        for message in (b"abc", b"", b"xyz"):
+            await stream.write(message)
+            assert await stream.read() == message[::-1]
+        await stream.done_writing()
+        assert await server.all_of(stream) == ([], None)
+        assert await stream.code() is grpc.StatusCode.OK
+        # Nothing at all is a stream as well.
+        stream = server.duplex("Echo")
+        await stream.done_writing()
+        assert await server.all_of(stream) == ([], None)
+    assert ("x-tag", "t") in echo.calls[0].metadata
+    assert echo.calls[0].body == b""
+    assert echo.how == "returned"
+
+
+async def test_what_a_duplex_handler_returns_is_how_it_ends() -> None:
+    echo = Echo(end=reply_of(invalid(Violation("", "no"))))
+    async with serving(Echo=Duplex(echo)) as server:
+        stream = server.duplex("Echo")
+        await stream.write(b"ab")
+        await stream.done_writing()
+        told, error = await server.all_of(stream)
+    assert told == [b"ba"]
+    assert error is not None
+    assert (error.code(), error.details()) == (grpc.StatusCode.INVALID_ARGUMENT, "no")
+
+
+@pytest.mark.parametrize("make", [lambda: ValueError("secret"), asyncio.CancelledError])
+async def test_a_defect_of_a_duplex_handler_is_for_the_log_alone(
+    make: Callable[[], BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(call: Call, link: Link) -> None:
+        raise make()
+
+    async with serving(Fail=Duplex(fail)) as server:
+        told, error = await server.all_of(server.duplex("Fail"))
+    assert told == []
+    assert error is not None
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in repr(error)
+    assert info_of(error).metadata["error_id"] in "".join(complaints(caplog))
+
+
+@pytest.mark.parametrize("waits_for", ["message", "answer"])
+async def test_a_client_that_leaves_cancels_its_duplex_handler(
+    waits_for: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    echo = Echo()
+    async with serving(Echo=Duplex(echo)) as server:
+        stream = server.duplex("Echo")
+        await stream.write(b"a")
+        assert await stream.read() == b"a"
+        if waits_for == "answer":
+            echo.lets.clear()
+            await stream.write(b"b")
+            await eventually("it has come", lambda: len(echo.read) == 2)
+        stream.cancel()
+        await eventually("the handler is over", lambda: echo.how)
+        # A message that will not come looks like the end of a client's side for a moment.
+        assert echo.how is asyncio.CancelledError or waits_for == "message"
+    assert not complaints(caplog)
+
+
+async def test_a_deadline_ends_a_duplex_stream_on_both_sides() -> None:
+    echo = Echo()
+    echo.lets.clear()
+    async with serving(Echo=Duplex(echo)) as server:
+        stream = server.duplex("Echo", timeout=0.3)
+        await stream.write(b"a")
+        _, error = await server.all_of(stream)
+        assert error is not None
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await eventually("the handler is over", lambda: echo.how)
+    assert echo.how is asyncio.CancelledError
+
+
+class DuplexFlood:
+    """A duplex handler that writes as fast as its reader reads, and reads nothing."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.how: type[BaseException] | None = None
+
+    async def __call__(self, call: Call, link: Link) -> None:
+        try:
+            while True:
+                self.made += 1
+                await link.write(bytes(MIB))
+        except BaseException as error:
+            self.how = type(error)
+            raise
+
+
+async def _is_stuck(made: Callable[[], int]) -> None:
+    """Waits until a number has begun to grow and grows no more."""
+    last = 0
+
+    async def same() -> bool:
+        nonlocal last
+        before, last = last, made()
+        await asyncio.sleep(0.2)
+        return 0 < before == made()
+
+    await eventually("it is stuck", same)
+
+
+async def test_each_side_of_a_duplex_stream_stops_the_other() -> None:
+    flood = DuplexFlood()
+    async with serving(Flood=Duplex(flood)) as server:
+        stream = server.duplex("Flood")
+        await _is_stuck(lambda: flood.made)
+        assert flood.made < 64
+        sent = 0
+
+        async def send() -> None:
+            nonlocal sent
+            with suppress(asyncio.CancelledError):
+                while sent < 100:
+                    await stream.write(bytes(MIB // 2))
+                    sent += 1
+
+        sending = asyncio.create_task(send())
+        await _is_stuck(lambda: sent)
+        # The handler reads nothing, so only what buffers hold has left.
+        assert sent < 64
+        stream.cancel()
+        await asyncio.wait({sending})
+
+
+async def test_duplex_streams_answer_what_they_have_when_the_server_stops() -> None:
+    busy, idle, ended = Echo(), Echo(), Echo()
+    methods = {"Busy": busy, "Idle": idle, "Ended": ended}
+    async with serving(**{name: Duplex(echo) for name, echo in methods.items()}) as server:
+        streams = {name: server.duplex(name) for name in methods}
+        for name, stream in streams.items():
+            await stream.write(b"ab")
+            if name != "Idle":
+                methods[name].lets.clear()
+                if name == "Ended":
+                    await stream.done_writing()
+            else:
+                assert await stream.read() == b"ba"
+        await eventually("all has come", lambda: all(each.read for each in methods.values()))
+        stopping = asyncio.create_task(server.transport.stop(LONG_S))
+        # Who has nothing to answer ends at once.
+        told, error = await server.all_of(streams["Idle"])
+        assert error is not None
+        assert (told, info_of(error).reason) == ([], "SERVER_DRAINING")
+        assert busy.how is None and not stopping.done()
+        busy.lets.set()
+        told, error = await server.all_of(streams["Busy"])
+        assert error is not None
+        assert (told, info_of(error).reason) == ([b"ba"], "SERVER_DRAINING")
+        ended.lets.set()
+        # Whether its client had ended its side first is not known before it is read.
+        told, error = await server.all_of(streams["Ended"])
+        assert told == [b"ba"]
+        assert error is None or info_of(error).reason == "SERVER_DRAINING"
+        await asyncio.wait_for(stopping, PATIENCE_S)
+
+
+async def test_a_server_that_stops_ends_a_duplex_stream_well_whose_client_is_done() -> None:
+    is_over, go_on = asyncio.Event(), asyncio.Event()
+
+    async def answer_late(call: Call, link: Link) -> None:
+        while await link.read() is not None:
+            pass
+        is_over.set()
+        await go_on.wait()
+        await link.write(b"late")
+
+    async with serving(Late=Duplex(answer_late)) as server:
+        stream = server.duplex("Late")
+        await stream.done_writing()
+        await asyncio.wait_for(is_over.wait(), PATIENCE_S)
+        stopping = asyncio.create_task(server.transport.stop(LONG_S))
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await server.all_of(stream) == ([b"late"], None)
+        await asyncio.wait_for(stopping, PATIENCE_S)
+
+
+async def test_a_duplex_reader_that_does_not_read_is_cut_off_when_the_server_stops(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("modelyard_server.transport.aio._LINGER_S", 0.01)
+    flood = DuplexFlood()
+    async with serving(Flood=Duplex(flood)) as server:
+        stream = server.duplex("Flood", timeout=None)
+        await _is_stuck(lambda: flood.made)
+        await asyncio.wait_for(server.transport.stop(LONG_S), PATIENCE_S)
+        assert flood.how is asyncio.CancelledError
+        stream.cancel()
+    assert not complaints(caplog)
+
+
+async def test_a_duplex_stream_that_begins_while_the_server_stops_is_refused() -> None:
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(call: Call) -> bytes:
+        began.set()
+        await go_on.wait()
+        return b"done"
+
+    echo = Echo()
+    async with serving(Wait=wait, Echo=Duplex(echo)) as server:
+        call = asyncio.ensure_future(server.call("Wait"))
+        await asyncio.wait_for(began.wait(), PATIENCE_S)
+        server.transport._carrier.end_streams(0)
+        _, error = await server.all_of(server.duplex("Echo"))
+        assert error is not None
+        assert info_of(error).reason == "SERVER_DRAINING"
+        assert not echo.calls
+        go_on.set()
+        assert await call == b"done"

@@ -91,6 +91,7 @@ def test_prices_cross() -> None:
         shared={"ab" * 32: 5},
         activation_bytes=9,
         runs=RunEstimate(key="k", largest_batch=8, largest_length=64),
+        input_names=("ids", "mask"),
     )
     assert decode_price(across(encode_price(full))) == full
     bare = Price(resting_bytes=0, peak_bytes=0)
@@ -126,7 +127,13 @@ def test_what_became_of_loads_and_unloads_crosses() -> None:
     ("kind", "crossing"),
     [
         (ModelSpec, {"name", "runtime", "task", "folder", "root", "options"}),
-        (Price, {"resting_bytes", "peak_bytes", "structure", "shared", "activation_bytes", "runs"}),
+        (
+            Price,
+            {
+                *("resting_bytes", "peak_bytes", "structure", "shared", "activation_bytes", "runs"),
+                "input_names",
+            },
+        ),
         (Structure, {"tensors", "blocks", "units"}),
         (TensorPart, {"names", "size_bytes", "is_buffer", "as_filed"}),
         (Target, {"home", "parts"}),
