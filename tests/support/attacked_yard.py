@@ -368,17 +368,29 @@ def _forget_peak(pid: int) -> int:
     return _memory_of(pid, "VmRSS")
 
 
+def _library_pages(pid: int) -> int:
+    """Bytes of shared libraries that are resident in a process."""
+    total, is_library = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8").splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):  # The head of a mapping: addresses, rights, and the file's path.
+            is_library = ".so" in Path(rest.rpartition(" ")[2]).name
+        elif is_library and name == "Rss:":
+            total += int(rest.split()[0]) * 1024
+    return total
+
+
 async def peak_growth(pids: list[int], doing: Callable[[], Awaitable[Any]]) -> int:
     """By how many bytes at most the resident memory of any of these processes rose meanwhile.
 
-    Pages of files do not count: a machine that had taken those of a library away gives them back
-    whenever it is used, and that is nobody's growth.
+    Pages of libraries do not count: a machine that had taken them away gives them back whenever
+    they are used, and that is nobody's growth. Those of any other file do.
     """
-    before = [(_forget_peak(pid), _memory_of(pid, "RssFile")) for pid in pids]
+    before = [(_forget_peak(pid), _library_pages(pid)) for pid in pids]
     await doing()
     return max(
-        _memory_of(pid, "VmHWM") - held - max(0, _memory_of(pid, "RssFile") - files)
-        for pid, (held, files) in zip(pids, before, strict=True)
+        _memory_of(pid, "VmHWM") - held - max(0, _library_pages(pid) - pages)
+        for pid, (held, pages) in zip(pids, before, strict=True)
     )
 
 
