@@ -161,6 +161,12 @@ void register_types(py::module_& module) {
                                for (ShareId id : e.shares) shares.append(to_integer(id));
                                return shares;
                              })
+      .def_property_readonly(
+          "meant_for",
+          [](const Entry& e) {
+            return e.meant_for == kNoDevice ? -1 : static_cast<int>(position(e.meant_for));
+          },
+          "Where it was given to by a device that was behind, until its next load begins; or -1.")
       .def_readonly("pinned", &Entry::pinned)
       .def_readonly("removed", &Entry::removed)
       .def_readonly("lease_count", &Entry::lease_count)

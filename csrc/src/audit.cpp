@@ -96,6 +96,7 @@ bool holds_bytes(State state) {
 Status Yard::audit() const {
   std::vector<Sums> sums(ledger_.device_count());
   std::vector<std::uint32_t> leases(entries_.slot_count());
+  std::vector<std::uint32_t> aside(entries_.slot_count());
   std::vector<std::uint32_t> given(device_count());  // To each device.
   std::vector<std::uint32_t> waiting(entries_.slot_count());
   std::map<ShareId, Share> shares;  // As they should be.
@@ -107,6 +108,7 @@ Status Yard::audit() const {
       return violated("I3: a lease names no model");
     }
     ++leases[lease->entry];
+    if (lease->aside) ++aside[lease->entry];
     const DeviceIndex home = entries_.at(lease->entry)->home;
     if (home != kNoDevice && !lease->aside) ++given[position(home)];
   }
@@ -139,6 +141,11 @@ Status Yard::audit() const {
     const std::string who =
         "model \"" + entry->label + "\" (" + std::string(to_string(entry->state)) + ")";
     if (entry->lease_count != leases[i]) return violated("I3: leases of " + who);
+    if (entry->aside_count != aside[i]) return violated("I3: leases set aside of " + who);
+    if (entry->meant_for != kNoDevice &&
+        (entry->state == State::kResident || entry->state == State::kLoading)) {
+      return violated("I8: given away and not gone: " + who);
+    }
     if (entry->waiting_count != waiting[i]) return violated("I6: tickets of " + who);
     if (entry->lease_count > 0 && entry->state != State::kResident &&
         entry->state != State::kDraining) {

@@ -62,6 +62,8 @@ std::string_view to_string(Why why) {
       return "LOST";
     case Why::kNotWorth:
       return "NOT_WORTH";
+    case Why::kDeviceBehind:
+      return "DEVICE_BEHIND";
   }
   return "?";
 }

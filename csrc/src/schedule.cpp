@@ -266,6 +266,7 @@ Yard::Pass Yard::make_pass() const {
 
 void Yard::schedule(Actions& out) {
   pass_owed_ = false;
+  relieve(out);
   if (waiting_.empty() && !ledger_.any_deficit()) return;
   pressed_ = false;
   tidy_tier(out);
@@ -334,7 +335,7 @@ void Yard::schedule_model(const Turn& turn, Pass& pass, Actions& out) {
   Bytes most_room{};
   for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
     const Charge touched = touching(entry.placements[p], shares_device(entry, p));
-    if (is_closed(touched)) continue;
+    if (is_closed(touched) || is_meant_for_another(entry, touched)) continue;
     if (open == kNone) open = p;
     const Need need = pass.unclaimed(need_of(entry, p));
     const bool channels = pass.has_channels(touched, now_, takes);
@@ -430,7 +431,8 @@ void Yard::schedule_model(const Turn& turn, Pass& pass, Actions& out) {
   }
   for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
     const Charge touched = touched_by(p);
-    if (is_closed(touched) || pass.has_channels(touched) || !pass.has_a_channel(touched)) continue;
+    if (is_closed(touched) || is_meant_for_another(entry, touched)) continue;
+    if (pass.has_channels(touched) || !pass.has_a_channel(touched)) continue;
     if (!plan_eviction(pass.idle, pass.shortfall(pass.unclaimed(need_of(entry, p)), true), budgets_,
                        *policy_, request_clock_, sharing_for(entry, p, true))) {
       continue;
@@ -449,7 +451,8 @@ Yard::Way Yard::cheapest_way(const Entry& entry, const Pass& pass,
   const Duration takes = from_seconds(entry.reload_seconds);
   for (std::uint32_t p = 0; p < entry.placements.size(); ++p) {
     const Charge touched = touching(entry.placements[p], shares_device(entry, p));
-    if (is_closed(touched) || !pass.has_channels(touched, now_, takes)) continue;
+    if (is_closed(touched) || is_meant_for_another(entry, touched)) continue;
+    if (!pass.has_channels(touched, now_, takes)) continue;
     if (under_pressure && is_backed_up(entry, touched)) {
       best.pressed = true;
       continue;
@@ -513,7 +516,7 @@ void Yard::wake(Actions& out) {
   for (const auto& [sequence, index] : waiting_) {
     const Entry& entry = entry_at(index);
     if (entry.state != State::kQueued) continue;
-    for (const Tick at : {impatient_at(entry), overdue_at(entry)}) {
+    for (const Tick at : {impatient_at(entry), overdue_at(entry), kept_from_others_until(entry)}) {
       if (at > now_) next = std::min(next, at);
     }
     for (std::size_t i = 0; pressed_ && i < device_count(); ++i) {

@@ -132,6 +132,7 @@ void Yard::start_load(EntryIndex index, std::uint32_t placement, Actions& out) {
   entry.held = entry.placements[placement];
   entry.state = State::kLoading;
   entry.load_began = now_;
+  entry.meant_for = kNoDevice;
   take_shares(entry, shares_device(entry, placement));
   entry.home = first_of(touching(entry.held, entry.held_shares_on));
   if (entry.pinned) {
@@ -208,6 +209,7 @@ void Yard::come_to_rest(EntryIndex index) {
   Entry& entry = entry_at(index);
   leave_waiting(index);
   entry.state = entry.waiting_count > 0 ? State::kQueued : State::kCold;
+  entry.rests_since = now_;
   join_waiting(index);
   if (entry.removed && entry.quarantined.empty() && entry.copy.state == CopyState::kNone) {
     unrefer(entry.shares);

@@ -78,7 +78,9 @@ Yard::Yard(YardOptions options, std::unique_ptr<Policy> policy)
       loading_(budgets_.size()),
       loaded_at_(budgets_.size()),
       paces_(options_.budgets.size()),
+      behind_since_(options_.budgets.size(), kNever),
       closed_(budgets_.size()) {
+  if (device_count() > 1) relieve_at_ = Tick{};
   tell_budgets();
 }
 
@@ -466,7 +468,8 @@ Status Yard::set_aside(LeaseId lease) {
   if (held == nullptr) return stale("the lease");
   if (held->aside) return Done{};
   held->aside = true;
-  const Entry& entry = entry_at(held->entry);
+  Entry& entry = entry_at(held->entry);
+  ++entry.aside_count;
   if (entry.home != kNoDevice) paces_[position(entry.home)].set_aside();
   return Done{};
 }
@@ -480,12 +483,15 @@ Status Yard::release(LeaseId lease, Tick now, Actions& out) {
   now_ = std::max(now_, now);
   leases_.erase(lease);
   if (counts && entry.home != kNoDevice) paces_[position(entry.home)].end(now_);
+  if (!counts) --entry.aside_count;
+  const bool look_who_is_behind = now_ >= relieve_at_;
   if (--entry.lease_count == 0) {
     entry.used += now_ - entry.used_since;
-  } else if (!pressed_) {
+  } else if (!pressed_ && !look_who_is_behind) {
     return Done{};
   }
-  if (entry.state != State::kDraining && waiting_.empty() && !ledger_.any_deficit()) {
+  if (entry.state != State::kDraining && waiting_.empty() && !ledger_.any_deficit() &&
+      !look_who_is_behind) {
     return Done{};
   }
   begin(now, out, Bounds::kSame);

@@ -91,7 +91,11 @@ struct Entry {
 
   DeviceIndex home{kNoDevice};  ///< The first device it holds bytes on, since its last load: where
                                 ///< its requests are counted.
-  double demand{0};             ///< Requests for it lately, older ones fading; as of demand_at.
+  DeviceIndex meant_for{kNoDevice};  ///< It was given away to this device, by one that was behind
+                                     ///< with its work; until its next load begins.
+  Tick rests_since{};  ///< When it last came to hold nothing; meaningful while meant_for is.
+  std::uint32_t aside_count{0};  ///< Of its leases, those that were set aside.
+  double demand{0};              ///< Requests for it lately, older ones fading; as of demand_at.
   RequestClock demand_at{0};
   Tick load_began{};  ///< Of the load that runs or was the last.
   Tick used_since{};  ///< Since when somebody uses it; meaningful while lease_count is not 0.

@@ -39,11 +39,12 @@ enum class Why : std::uint8_t {
   kDeviceClosed,  ///< `device` was closed.
   kAsked,         ///< Somebody asked for it by hand.
   kRemoved,
-  kLost,      ///< Its memory was gone already: what held it has died.
-  kNotWorth,  ///< Loading from the copy takes no less time than from files.
+  kLost,          ///< Its memory was gone already: what held it has died.
+  kNotWorth,      ///< Loading from the copy takes no less time than from files.
+  kDeviceBehind,  ///< `device` is behind with its work, and another one where it may be is not.
 };
 
-inline constexpr std::size_t kWhyCount = static_cast<std::size_t>(Why::kNotWorth) + 1;
+inline constexpr std::size_t kWhyCount = static_cast<std::size_t>(Why::kDeviceBehind) + 1;
 
 [[nodiscard]] std::string_view to_string(Why why);
 

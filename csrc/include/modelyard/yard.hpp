@@ -38,6 +38,21 @@ inline constexpr double kWorkedForOverdue = 1;
 inline constexpr double kPressureSlack = 0.1;
 /// After so many requests for other models a request counts half in a model's demand.
 inline constexpr double kDemandFades = 2000;
+/// A device is behind that has more work than this, and gives a model away once it has been so for
+/// that long: a burst is over by then.
+inline constexpr double kBehindSeconds = 2;
+/// And more requests than this: where each takes seconds a few that run are no sign of it.
+inline constexpr std::uint32_t kBehindRequests = 8;
+inline constexpr Duration kBehindFor{std::chrono::seconds{10}};
+/// How often that is looked at, at most.
+inline constexpr Duration kReliefEvery{std::chrono::milliseconds{500}};
+/// What is asked of two devices has to differ by this part of what is asked of the busier one: less
+/// comes and goes by chance, and models would go to and fro with it.
+inline constexpr double kReliefGap = 0.05;
+/// How long a model that was given away waits for the other device, once it has left and is wanted.
+inline constexpr Duration kMeantFor{std::chrono::seconds{10}};
+/// How many seconds sooner, beside its load, a model given away has to be served elsewhere.
+inline constexpr double kReliefLeast = 1;
 /// A request is out of reach of its device if this many times what it is expected to take is more
 /// than it has: an estimate that is a little too low must not make everybody a little late.
 inline constexpr double kReachMargin = 1.25;
@@ -154,11 +169,23 @@ struct DeviceCounters {
 /// it. So a small load is not stuck behind a big one, a big one is not starved by small ones, and a
 /// model in endless use is asked to leave in the end.
 ///
+/// Relief. Models stay where they are while they are wanted, and so a few hot ones may keep a
+/// device busy while others idle. One that has been behind with its work for 10 s (more than 2 s of
+/// it, and more than 8 requests, at every look) gives a model away: it serves the requests that it
+/// has, leaves, and is loaded on another device where it may be. The one is chosen that moves the
+/// most of what is asked, for a second of loading, to a device that is not asked more than this one
+/// then, and is asked less by a twentieth now; that would serve it sooner by the load and 1 s; and
+/// that has room, or idle models to make some. Nobody who is pinned, on several devices, set aside
+/// for, or has not been in use for as long as its load took. There it goes, and for 10 s of waiting
+/// once it has left (half of what a deadline leaves beside the load) nowhere else: most room may be
+/// where it comes from, or on another device that is behind.
+///
 /// The bound. A request that is neither refused nor cancelled, on open devices whose models are not
 /// pinned, waits for no longer than W + (k + 1) * (L + U + R + C), where W is `overdue_after`, k is
 /// how many models were overdue before its own, L the longest load, U the longest unload, R the
 /// longest that a request uses a model, and C the seconds of a load that a model in use has to pay
-/// for. Requests that come later do not count, however many there are.
+/// for. Requests that come later do not count, however many there are. For a model that is given
+/// away W is R + 10 s if that is longer: it serves what it has first, and waits for its new place.
 ///
 /// Deadlines. A request whose deadline is sure to pass is refused when it comes, with the time it
 /// would need: if the model is resident and its device has more to do than the time left, or if a
@@ -567,6 +594,15 @@ class Yard {
   [[nodiscard]] bool is_backed_up(const Entry& entry, const Charge& touched) const;
   [[nodiscard]] Tick served_at(const Entry& entry, DeviceIndex device) const;
   void refuse_hopeless(Actions& out);
+  void relieve(Actions& out);
+  [[nodiscard]] DeviceIndex look_who_is_behind();
+  [[nodiscard]] double worth_giving_away(const Entry& entry, std::uint32_t placement,
+                                         DeviceIndex from, std::span<const double> asked) const;
+  [[nodiscard]] bool could_go_to(const Entry& entry, std::uint32_t placement, const Pass& pass,
+                                 const Charge& idle) const;
+  [[nodiscard]] std::vector<double> demands_after_relief() const;
+  [[nodiscard]] Tick kept_from_others_until(const Entry& entry) const;
+  [[nodiscard]] bool is_meant_for_another(const Entry& entry, const Charge& touched) const;
   [[nodiscard]] std::optional<Refuse> impossible(const Entry& entry) const;
   [[nodiscard]] bool is_closed(const Charge& placement) const {
     return closed_device(placement) != kNoDevice;
@@ -610,8 +646,9 @@ class Yard {
   std::vector<Bytes> pinned_;     // Held by pinned models that are LOADING or RESIDENT, per device.
   std::vector<Bytes> unloading_;  // Held by models that are UNLOADING, per device.
   std::vector<std::uint32_t> loading_;  // Loads that run, per device.
-  std::vector<Tick> loaded_at_;  // When the load that began last is expected to end, per device.
-  std::vector<Pace> paces_;      // Of the requests that hold leases, by the home of their model.
+  std::vector<Tick> loaded_at_;     // When the load that began last is expected to end, per device.
+  std::vector<Pace> paces_;         // Of the requests that hold leases, by the home of their model.
+  std::vector<Tick> behind_since_;  // Since when each device is behind; kNever if it is not.
   std::vector<bool> closed_;
   std::set<std::pair<std::uint64_t, EntryIndex>> waiting_;  // By the sequence of the oldest ticket.
   std::set<std::pair<Tick, TicketId>> deadlines_;
@@ -619,7 +656,8 @@ class Yard {
   std::uint64_t next_sequence_{1};
   Tick now_{};
   Tick wake_at_{kNever};
-  bool pass_owed_{false};          // Tickets have expired, or a wake was due, since the last pass.
+  Tick relieve_at_{kNever};  // When to look next who is behind; never where there is one device.
+  bool pass_owed_{false};    // Tickets have expired, or a wake was due, since the last pass.
   bool look_for_hopeless_{false};  // Somebody who waits may have come to do so in vain.
   bool some_hold_nothing_{false};  // There has been a placement that touches no device.
   bool pressed_{false};            // The last pass held somebody back for a device's backlog.
