@@ -8,7 +8,7 @@
 
 #include "../tests/event.hpp"
 #include "../tests/random_events.hpp"
-#include "../tests/referee.hpp"
+#include "../tests/session.hpp"
 #include "modelyard/yard.hpp"
 
 // Bytes become events; every event is judged by a naive second model of the yard and by the yard's

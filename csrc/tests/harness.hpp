@@ -16,6 +16,7 @@
 #include "event.hpp"
 #include "modelyard/yard.hpp"
 #include "referee.hpp"
+#include "session.hpp"
 
 namespace modelyard::test {
 
@@ -27,6 +28,13 @@ inline YardOptions options(std::initializer_list<std::int64_t> budgets) {
   made.policy = "gap";  // What most tests expect; it has no past but what they give it.
   for (const std::int64_t budget : budgets) made.budgets.push_back(Bytes{budget});
   return made;
+}
+
+inline YardOptions lru(std::initializer_list<std::int64_t> budgets, std::uint32_t channels = 1) {
+  YardOptions wanted = options(budgets);
+  wanted.policy = "lru";
+  wanted.load_channels_per_device = channels;
+  return wanted;
 }
 
 inline Yard make_yard(const YardOptions& wanted) {

@@ -15,6 +15,7 @@
 #include "modelyard/yard.hpp"
 #include "random_events.hpp"
 #include "referee.hpp"
+#include "session.hpp"
 
 namespace modelyard::test {
 namespace {

@@ -1,9 +1,11 @@
+// Bytes that several models hold together: what is charged for them, how a model's shares change,
+// and calls that do not fit.
+
 #include "modelyard/shares.hpp"
 
 #include <gtest/gtest.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <string>
 #include <utility>
@@ -13,20 +15,10 @@
 #include "harness.hpp"
 #include "modelyard/yard.hpp"
 
-// Bytes that several models hold together and that are charged once. As in yard_test.cpp every
-// event is judged by the Referee, and every test ends with an empty ledger and no share left.
-
 namespace modelyard::test {
 namespace {
 
 using Ids = std::vector<ShareId>;
-
-YardOptions lru(std::initializer_list<std::int64_t> budgets, std::uint32_t channels = 4) {
-  YardOptions wanted = options(budgets);
-  wanted.policy = "lru";
-  wanted.load_channels_per_device = channels;
-  return wanted;
-}
 
 std::uint32_t held_by(const Harness& h, ShareId id, Holding holding, std::uint32_t on = 0) {
   return h.yard().share(id)->on(device(on)).of(holding);
@@ -35,7 +27,7 @@ std::uint32_t held_by(const Harness& h, ShareId id, Holding holding, std::uint32
 // --- What is charged ----------------------------------------------------------------------------
 
 TEST(Shares, TheSecondModelTakesOnlyItsOwn) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId encoder = h.add_share(60);
   const ModelId a = h.add_sharing("a", 10, {encoder});
   const ModelId b = h.add_sharing("b", 15, {encoder});
@@ -56,7 +48,7 @@ TEST(Shares, TheSecondModelTakesOnlyItsOwn) {
 }
 
 TEST(Shares, AreChargedAsTheirLiveliestHolder) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 1, {shared});
   const ModelId b = h.add_sharing("b", 2, {shared});
@@ -81,7 +73,7 @@ TEST(Shares, AreChargedAsTheirLiveliestHolder) {
 }
 
 TEST(Shares, TheLastHolderBringsThemBack) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 1, {shared});
   const ModelId b = h.add_sharing("b", 2, {shared});
@@ -99,7 +91,7 @@ TEST(Shares, TheLastHolderBringsThemBack) {
 }
 
 TEST(Shares, OfTwoThatAreUnloadedTheLaterOneBringsThemBack) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 1, {shared});
   const ModelId b = h.add_sharing("b", 2, {shared});
@@ -117,7 +109,7 @@ TEST(Shares, OfTwoThatAreUnloadedTheLaterOneBringsThemBack) {
 }
 
 TEST(Shares, WhatDoesNotComeBackIsQuarantinedWithTheLastHolder) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 10, {shared});
   h.warm(a);
@@ -135,7 +127,7 @@ TEST(Shares, WhatDoesNotComeBackIsQuarantinedWithTheLastHolder) {
 }
 
 TEST(Shares, FiftyFineTunesAreOneEncoderAndFiftyHeads) {
-  Harness h(lru({1000}));
+  Harness h(lru({1000}, 4));
   const ShareId encoder = h.add_share(400);
   std::vector<ModelId> tunes;
   for (int i = 0; i < 50; ++i) {
@@ -155,7 +147,7 @@ TEST(Shares, FiftyFineTunesAreOneEncoderAndFiftyHeads) {
 }
 
 TEST(Shares, ACopyOfAModelCostsNothing) {
-  Harness h(lru({60}));
+  Harness h(lru({60}, 4));
   const ShareId all = h.add_share(60);
   const ModelId a = h.add_sharing("a", 0, {all});
   const ModelId copy = h.add_sharing("copy", 0, {all});
@@ -190,7 +182,7 @@ TEST(Shares, ACopyTakesTheLoadChannelOfItsDevice) {
 }
 
 TEST(Shares, APlacementWithCopiesOfItsOwnSharesNothing) {
-  Harness h(lru({100, 100}));
+  Harness h(lru({100, 100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 10, {shared});
   const ModelId own =
@@ -207,7 +199,7 @@ TEST(Shares, APlacementWithCopiesOfItsOwnSharesNothing) {
 }
 
 TEST(Shares, AreChargedOnEachDeviceWhereTheyAreHeld) {
-  Harness h(lru({100, 100}));
+  Harness h(lru({100, 100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 10, {shared});
   const ModelId b =
@@ -219,7 +211,7 @@ TEST(Shares, AreChargedOnEachDeviceWhereTheyAreHeld) {
 }
 
 TEST(Shares, TheDeviceWhereTheyAreIsPreferred) {
-  Harness h(lru({70, 70}));
+  Harness h(lru({70, 70}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 10, {shared});
   const ModelId b = h.add_sharing("b", std::vector<Charge>{charge({{1, 10}}), charge({{0, 10}})},
@@ -235,7 +227,7 @@ TEST(Shares, TheDeviceWhereTheyAreIsPreferred) {
 // --- Loads that end otherwise -------------------------------------------------------------------
 
 TEST(Shares, AFailedLoadGivesBackWhatNobodyElseHolds) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId mine = h.add_share(20);
   const ShareId ours = h.add_share(30);
   const ModelId a = h.add_sharing("a", 1, {ours});
@@ -257,7 +249,7 @@ TEST(Shares, AFailedLoadGivesBackWhatNobodyElseHolds) {
 }
 
 TEST(Shares, ASecondLoadKeepsWhatTheFirstHadReserved) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 1, {shared});
   const ModelId b = h.add_sharing("b", 2, {shared});
@@ -271,7 +263,7 @@ TEST(Shares, ASecondLoadKeepsWhatTheFirstHadReserved) {
 }
 
 TEST(Shares, AModelRemovedWhileItLoadsLeavesThemToTheOthers) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 1, {shared});
   const ModelId b = h.add_sharing("b", 2, {shared});
@@ -290,7 +282,7 @@ TEST(Shares, AModelRemovedWhileItLoadsLeavesThemToTheOthers) {
 }
 
 TEST(Shares, ALargerLoadIsRememberedBesideThem) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 10, {shared});
   const TicketId ticket = h.request(a);
@@ -302,363 +294,10 @@ TEST(Shares, ALargerLoadIsRememberedBesideThem) {
   EXPECT_FALSE(h.release(ticket));
 }
 
-// --- On their way out, and back -----------------------------------------------------------------
-
-TEST(Shares, OfAModelThatIsUnloadedAreTakenOver) {
-  Harness h(lru({200}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 1, {shared});
-  const ModelId b = h.add_sharing("b", 2, {shared});
-  h.warm(a);
-  EXPECT_FALSE(h.unload(a));
-  EXPECT_EQ(h.yard().exclusive(a), charge({{0, 51}}));
-  const TicketId ticket = h.request(b);
-  EXPECT_EQ(h.state(b), State::kLoading);
-  EXPECT_EQ(h.used(), 53) << "charged once";
-  EXPECT_EQ(h.account().reserved, Bytes{52});
-  EXPECT_EQ(h.unload_done(a, charge({{0, 51}})), ErrorCode::kInvalidArgument);
-  EXPECT_FALSE(h.unload_done(a, charge({{0, 1}})));
-  EXPECT_FALSE(h.load_done(b));
-  EXPECT_EQ(h.used(), 52);
-  EXPECT_FALSE(h.release(ticket));
-}
-
-TEST(Shares, TakenOverByALoadThatFailsTheyGoWithTheirLastHolder) {
-  for (const bool load_fails_first : {true, false}) {
-    Harness h(lru({200}));
-    const ShareId shared = h.add_share(50);
-    const ModelId a = h.add_sharing("a", 1, {shared});
-    const ModelId b = h.add_sharing("b", 2, {shared});
-    h.warm(a);
-    EXPECT_FALSE(h.unload(a));
-    h.request(b);
-    if (load_fails_first) {
-      EXPECT_FALSE(h.load_failed(b, LoadFailure::kTransient));
-      EXPECT_FALSE(h.unload_done(a, charge({{0, 51}})));
-    } else {
-      EXPECT_FALSE(h.unload_done(a, charge({{0, 1}})));
-      EXPECT_EQ(h.used(), 52);
-      EXPECT_FALSE(h.load_failed(b, LoadFailure::kTransient));
-    }
-    EXPECT_EQ(h.used(), 0);
-  }
-}
-
-TEST(Shares, HeldByAModelThatDrainsAreThereForAThird) {
-  Harness h(lru({60}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 5, {shared});
-  const ModelId b = h.add_sharing("b", 5, {shared});
-  const LeaseId used = h.use(a);
-  EXPECT_FALSE(h.unload(a));
-  EXPECT_EQ(h.account().draining, Bytes{55});
-  const TicketId ticket = h.request(b);
-  EXPECT_EQ(h.state(b), State::kLoading) << "five are free, and the rest is there";
-  EXPECT_EQ(h.account().reserved, Bytes{55});
-  EXPECT_FALSE(h.release(used));
-  EXPECT_FALSE(h.unload_done(a, charge({{0, 5}})));
-  EXPECT_FALSE(h.load_done(b));
-  EXPECT_FALSE(h.release(ticket));
-}
-
-TEST(Shares, AModelComesBackToWhatIsStillUnloaded) {
-  Harness h(lru({100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 10, {shared});
-  h.warm(a);
-  EXPECT_FALSE(h.unload(a));
-  const TicketId ticket = h.request(a);
-  EXPECT_EQ(h.state(a), State::kUnloading);
-  EXPECT_FALSE(h.unload_done(a));
-  EXPECT_EQ(h.account().reserved, Bytes{60}) << "all of it anew";
-  EXPECT_FALSE(h.load_done(a));
-  EXPECT_FALSE(h.release(ticket));
-}
-
-// --- Victims ------------------------------------------------------------------------------------
-
-TEST(Shares, OneHolderAloneFreesOnlyItsOwn) {
-  Harness h(lru({100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 20, {shared});
-  const ModelId b = h.add_sharing("b", 20, {shared});
-  const ModelId c = h.add("c", 25);
-  h.warm(a);
-  h.warm(b);
-  h.request(c);
-  EXPECT_EQ(h.said(), Lines{"unload a"}) << "ten are free and twenty come";
-  h.finish_io();
-  EXPECT_EQ(h.state(b), State::kResident);
-}
-
-TEST(Shares, AllHoldersLeaveWhereTheShareIsNeeded) {
-  Harness h(lru({100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 5, {shared});
-  const ModelId b = h.add_sharing("b", 5, {shared});
-  const ModelId c = h.add("c", 100);
-  h.warm(a);
-  h.warm(b);
-  const TicketId ticket = h.request(c);
-  EXPECT_EQ(h.said(), (Lines{"unload a", "unload b"}));
-  h.finish_io();
-  EXPECT_TRUE(h.granted(ticket));
-  EXPECT_FALSE(h.release(ticket));
-}
-
-TEST(Shares, NobodyLeavesForAShareThatAPinnedModelKeeps) {
-  Harness h(lru({100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 5, {shared});
-  const ModelId pinned = h.add_sharing("pinned", 5, {shared});
-  const ModelId c = h.add("c", 50);
-  h.warm(a);
-  h.warm(pinned);
-  EXPECT_FALSE(h.pin(pinned));
-  EXPECT_EQ(h.yard().share(shared)->on(device(0)).pinned, 1U);
-  const TicketId ticket = h.request(c);
-  EXPECT_TRUE(h.refused(ticket));
-  EXPECT_EQ(h.refusal(ticket).reason, RefuseReason::kBudgetExhausted);
-  EXPECT_EQ(h.refusal(ticket).holders[0].bytes, Bytes{55});
-  EXPECT_TRUE(h.said() == Lines{"refuse c"}) << "and nobody left";
-  EXPECT_FALSE(h.unpin(pinned));
-  EXPECT_EQ(h.yard().share(shared)->on(device(0)).pinned, 0U);
-  h.warm(c);
-}
-
-TEST(Shares, WhatAPinnedModelHoldsOfItAModelNeedNotBring) {
-  Harness h(lru({60}));
-  const ShareId shared = h.add_share(50);
-  const ModelId pinned = h.add_sharing("pinned", 5, {shared});
-  const ModelId b = h.add_sharing("b", 5, {shared});
-  const ModelId large = h.add_sharing("large", 6, {shared});
-  h.warm(pinned);
-  EXPECT_FALSE(h.pin(pinned));
-  h.warm(b);
-  EXPECT_EQ(h.used(), 60);
-  const TicketId ticket = h.request(large);
-  EXPECT_EQ(h.refusal(ticket).reason, RefuseReason::kBudgetExhausted);
-  EXPECT_EQ(h.refusal(ticket).needed, Bytes{6});
-}
-
-TEST(Shares, PinsAreCountedInEveryState) {
-  Harness h(lru({100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 5, {shared});
-  const auto pinned = [&] { return h.yard().share(shared)->on(device(0)).pinned; };
-  EXPECT_FALSE(h.pin(a));
-  EXPECT_EQ(pinned(), 0U) << "it holds nothing";
-  const TicketId ticket = h.request(a);
-  EXPECT_EQ(pinned(), 1U);
-  EXPECT_FALSE(h.unpin(a));
-  EXPECT_EQ(pinned(), 0U);
-  EXPECT_FALSE(h.pin(a));
-  EXPECT_FALSE(h.load_done(a));
-  EXPECT_EQ(pinned(), 1U);
-  EXPECT_FALSE(h.unpin(a));
-  EXPECT_FALSE(h.unload(a));
-  EXPECT_FALSE(h.pin(a));
-  EXPECT_EQ(pinned(), 0U) << "it was leaving already";
-  EXPECT_FALSE(h.release(ticket));
-  EXPECT_FALSE(h.unload_done(a));
-  EXPECT_EQ(pinned(), 0U);
-  h.request(a);
-  EXPECT_EQ(pinned(), 1U);
-  EXPECT_FALSE(h.load_failed(a, LoadFailure::kTransient));
-  EXPECT_EQ(pinned(), 0U);
-  h.skip(seconds{100});
-  h.warm(a);
-  EXPECT_EQ(pinned(), 1U);
-  EXPECT_FALSE(h.remove(a));
-  EXPECT_EQ(pinned(), 0U);
-}
-
-TEST(Shares, AVictimsShareThatTheModelWantsFreesNothing) {
-  Harness h(lru({100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 30, {shared});
-  const ModelId other = h.add("other", 20);
-  const ModelId b = h.add_sharing("b", 40, {shared});
-  h.warm(a);
-  h.warm(other);
-  const TicketId ticket = h.request(b);
-  EXPECT_EQ(h.said(), (Lines{"unload a", "unload other"})) << "30 are too few, its 50 do not count";
-  h.finish_io();
-  EXPECT_TRUE(h.granted(ticket));
-  EXPECT_EQ(h.used(), 90);
-  EXPECT_FALSE(h.release(ticket));
-}
-
-TEST(Shares, ExplanationsTellWhatComesBackAndWhatStays) {
-  Harness h(lru({100}));
-  const ShareId ours = h.add_share(30);
-  const ShareId mine = h.add_share(20);
-  const ModelId a = h.add_sharing("a", 10, {ours, mine});
-  const ModelId b = h.add_sharing("b", 5, {ours});
-  h.warm(a);
-  h.warm(b);
-  EXPECT_EQ(h.explained(Decision::kLoadStarted)[0].bytes, Bytes{60});
-  EXPECT_EQ(h.explained(Decision::kLoadStarted)[1].bytes, Bytes{5});
-  EXPECT_EQ(h.explained(Decision::kLoadStarted)[1].shared_bytes, Bytes{30});
-  const ModelId c = h.add("c", 60);
-  h.request(c);
-  const Explanation evicted = h.explained(Decision::kEvicted).back();
-  EXPECT_EQ(evicted.model, a);
-  EXPECT_EQ(evicted.cause, c);
-  EXPECT_EQ(evicted.bytes, Bytes{30});
-  EXPECT_EQ(evicted.shared_bytes, Bytes{30});
-  h.finish_io();
-  EXPECT_EQ(h.explained(Decision::kUnloaded).back().bytes, Bytes{30});
-  EXPECT_EQ(h.explained(Decision::kUnloaded).back().shared_bytes, Bytes{30});
-}
-
-// --- Budgets and closed devices -----------------------------------------------------------------
-
-TEST(Shares, ALowerBudgetIsRepaidByAllHoldersIfTheirOwnDoesNotSuffice) {
-  Harness h(lru({100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 10, {shared});
-  const ModelId b = h.add_sharing("b", 10, {shared});
-  h.warm(a);
-  h.warm(b);
-  EXPECT_FALSE(h.set_budget(0, 62));
-  EXPECT_EQ(h.said(), Lines{"unload a"});
-  h.finish_io();
-  EXPECT_FALSE(h.set_budget(0, 40));
-  EXPECT_EQ(h.said(), Lines{"unload b"});
-  EXPECT_EQ(h.account().deficit, Bytes{20});
-  h.finish_io();
-  EXPECT_EQ(h.used(), 0);
-}
-
-TEST(Shares, ATinyShareRepaysADeficitToo) {
-  Harness h(lru({100}));
-  const ShareId tiny = h.add_share(1);
-  const ModelId a = h.add_sharing("a", 0, {tiny});
-  const ModelId b = h.add_sharing("b", 0, {tiny});
-  h.warm(a);
-  h.warm(b);
-  EXPECT_FALSE(h.set_budget(0, 0));
-  EXPECT_EQ(h.said(), (Lines{"unload a", "unload b"}));
-}
-
-TEST(Shares, AreTakenOverBesideADeficitThatTheRestRepays) {
-  Harness h(lru({100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 10, {shared});
-  const ModelId copy = h.add_sharing("copy", 0, {shared});
-  const LeaseId used = h.use(a);
-  h.forget();
-  EXPECT_FALSE(h.set_budget(0, 55));
-  EXPECT_EQ(h.said(), Lines{"drain a"});
-  EXPECT_EQ(h.account().deficit, Bytes{5});
-  const TicketId ticket = h.request(copy);
-  EXPECT_EQ(h.state(copy), State::kLoading) << "ten come back, five are owed";
-  EXPECT_FALSE(h.set_budget(0, 100));
-  EXPECT_FALSE(h.load_done(copy));
-  EXPECT_FALSE(h.release(ticket));
-  EXPECT_FALSE(h.release(used));
-  h.finish_io();
-}
-
-TEST(Shares, ADeficitIsRepaidBeforeWhatRepaysItIsTakenOver) {
-  Harness h(lru({100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 10, {shared});
-  const ModelId copy = h.add_sharing("copy", 0, {shared});
-  const ModelId loading = h.add("loading", 30);
-  const LeaseId used = h.use(a);
-  const TicketId first = h.request(loading);
-  EXPECT_FALSE(h.set_budget(0, 70));
-  EXPECT_EQ(h.account().deficit, Bytes{20});
-  EXPECT_EQ(h.state(a), State::kDraining) << "ninety are held, and a brings sixty";
-  const TicketId second = h.request(copy);
-  EXPECT_EQ(h.state(copy), State::kQueued) << "without the share a would bring ten";
-  EXPECT_FALSE(h.load_done(loading));
-  EXPECT_FALSE(h.release(used));
-  h.finish_io();
-  EXPECT_LE(h.used(), 70);
-  EXPECT_FALSE(h.release(first));
-  h.finish_io();
-  EXPECT_FALSE(h.release(second));
-}
-
-TEST(Shares, AClosedDeviceDrainsWhoHoldsOnlySharesThere) {
-  Harness h(lru({100, 100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a =
-      h.add_sharing("a", std::vector<Charge>{charge({{1, 5}})}, {shared}, {device(0)});
-  const ModelId copy = h.add_sharing("copy", 0, {shared});
-  h.warm(a);
-  h.warm(copy);
-  EXPECT_FALSE(h.set_closed(0, true));
-  EXPECT_EQ(h.said(), (Lines{"unload a", "unload copy"}));
-  h.finish_io();
-  EXPECT_EQ(h.used(0), 0);
-  const TicketId ticket = h.request(copy);
-  EXPECT_TRUE(h.waiting(ticket)) << "nothing is loaded onto it";
-  EXPECT_FALSE(h.set_closed(0, false));
-  EXPECT_EQ(h.state(copy), State::kLoading);
-  EXPECT_FALSE(h.load_done(copy));
-  EXPECT_FALSE(h.release(ticket));
-}
-
-// --- What a younger model may not take ----------------------------------------------------------
-
-TEST(Shares, OfWhoDrainsForAnOverdueModelAreNotTakenOver) {
-  Harness h(lru({60}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 10, {shared});
-  const ModelId copy = h.add_sharing("copy", 0, {shared});
-  const ModelId large = h.add("large", 60);
-  const LeaseId used = h.use(a);
-  const TicketId old = h.request(large);
-  h.pass(seconds{31});
-  EXPECT_EQ(h.state(a), State::kDraining) << "for the large one, which is overdue";
-  const TicketId young = h.request(copy);
-  EXPECT_EQ(h.state(copy), State::kQueued) << "what becomes free is the large one's own";
-  EXPECT_FALSE(h.release(used));
-  EXPECT_FALSE(h.unload_done(a));
-  EXPECT_EQ(h.state(large), State::kLoading);
-  EXPECT_FALSE(h.load_done(large));
-  EXPECT_TRUE(h.granted(old));
-  EXPECT_FALSE(h.release(old));
-  h.finish_io();
-  EXPECT_TRUE(h.granted(young));
-  EXPECT_FALSE(h.release(young));
-}
-
-TEST(Shares, TakenOverFromAnUnloadArePaidForInFull) {
-  // `old` counts on 70 that are unloaded, 20 of them a share, and on 40 of 100 free bytes. Whoever
-  // takes the share over leaves it 20 more of the free ones, so the third one does not get 60.
-  Harness h(lru({170}));
-  const ShareId shared = h.add_share(20);
-  const ModelId leaving = h.add_sharing("leaving", 50, {shared});
-  const ModelId old = h.add("old", 110);
-  const ModelId copy = h.add_sharing("copy", 0, {shared});
-  const ModelId third = h.add("third", 60);
-  // The three wait in one pass: they are asked for while the device is closed.
-  h.warm(leaving);
-  EXPECT_FALSE(h.set_closed(0, true));
-  EXPECT_EQ(h.state(leaving), State::kUnloading);
-  const TicketId first = h.request(old);
-  const TicketId second = h.request(copy);
-  const TicketId last = h.request(third);
-  h.forget();
-  EXPECT_FALSE(h.set_closed(0, false));
-  EXPECT_EQ(h.said(), Lines{"load copy"});
-  EXPECT_FALSE(h.unload_done(leaving));
-  EXPECT_EQ(h.said(), Lines{"load old"}) << "its bytes were kept";
-  h.finish_io();
-  for (const TicketId ticket : {first, second}) EXPECT_FALSE(h.release(ticket));
-  h.finish_io();
-  EXPECT_FALSE(h.release(last));
-}
-
 // --- A model's shares change --------------------------------------------------------------------
 
 TEST(Shares, NewPlacementsLeaveWhatIsHeldAsItIs) {
-  Harness h(lru({200}));
+  Harness h(lru({200}, 4));
   const ShareId before = h.add_share(50);
   const ShareId after = h.add_share(40);
   const ModelId a = h.add_sharing("a", 10, {before});
@@ -677,7 +316,7 @@ TEST(Shares, NewPlacementsLeaveWhatIsHeldAsItIs) {
 }
 
 TEST(Shares, NewPlacementsMayTakeAwayTheLastUseOfAShare) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 10, {shared});
   EXPECT_FALSE(h.update_placements(a, {charge({{0, 20}})}, {shared}, {device(0)}));
@@ -688,7 +327,7 @@ TEST(Shares, NewPlacementsMayTakeAwayTheLastUseOfAShare) {
 }
 
 TEST(Shares, NewPlacementsWhileItLoadsDoNotTouchTheLoad) {
-  Harness h(lru({200}));
+  Harness h(lru({200}, 4));
   const ShareId before = h.add_share(50);
   const ModelId a = h.add_sharing("a", 10, {before});
   const TicketId ticket = h.request(a);
@@ -701,7 +340,7 @@ TEST(Shares, NewPlacementsWhileItLoadsDoNotTouchTheLoad) {
 }
 
 TEST(Shares, AShareIsForgottenWithItsLastModel) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 10, {shared});
   const ModelId b = h.add_sharing("b", 10, {shared});
@@ -718,7 +357,7 @@ TEST(Shares, AShareIsForgottenWithItsLastModel) {
 }
 
 TEST(Shares, AnHeirSharesWithTheModelItReplaces) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId old = h.add_sharing("old", 10, {shared});
   const TicketId ticket = h.request(old);
@@ -746,7 +385,7 @@ TEST(Shares, AnHeirSharesWithTheModelItReplaces) {
 }
 
 TEST(Shares, AreSplitWhileHeldInEveryState) {
-  Harness h(lru({300}));
+  Harness h(lru({300}, 4));
   const ShareId whole = h.add_share(60);
   const ModelId cold = h.add_sharing("cold", 1, {whole});
   const ModelId loading = h.add_sharing("loading", 1, {whole});
@@ -788,7 +427,7 @@ TEST(Shares, AreSplitWhileHeldInEveryState) {
 }
 
 TEST(Shares, ACloneGoesItsOwnWay) {
-  Harness h(lru({100}));
+  Harness h(lru({100}, 4));
   const ShareId shared = h.add_share(50);
   const ModelId a = h.add_sharing("a", 10, {shared});
   h.warm(a);
@@ -805,7 +444,7 @@ TEST(Shares, ACloneGoesItsOwnWay) {
 // --- Errors -------------------------------------------------------------------------------------
 
 TEST(Shares, CallsThatBreakARuleChangeNothing) {
-  Harness h(lru({100, 100}));
+  Harness h(lru({100, 100}, 4));
   const ShareId shared = h.add_share(50);
   const auto stale = static_cast<ShareId>(99);
   const ModelId a = h.add_sharing("a", 10, {shared});
@@ -882,100 +521,6 @@ TEST(Shares, WhatIsMeasuredIsBoundedWithThem) {
   ASSERT_TRUE(yard.load_done(a, Tick{}, charge({{0, kMaxBytes - 10}}), seconds{1}, out).ok());
   EXPECT_FALSE(yard.remeasured(a, Tick{}, charge({{0, kMaxBytes}}), out).ok());
   EXPECT_EQ(yard.held_with_shares(a), charge({{0, kMaxBytes}}));
-}
-
-// --- Lost models --------------------------------------------------------------------------------
-
-TEST(Lost, AnIdleModelIsUnloadedAndMayComeBack) {
-  Harness h(lru({100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 10, {shared});
-  const ModelId b = h.add_sharing("b", 10, {shared});
-  h.warm(a);
-  h.warm(b);
-  EXPECT_FALSE(h.lost(a));
-  EXPECT_EQ(h.said(), Lines{"unload a"});
-  const Explanation explained = h.explained(Decision::kLost).back();
-  EXPECT_EQ(explained.model, a);
-  EXPECT_EQ(explained.why, Why::kLost);
-  EXPECT_EQ(explained.bytes, Bytes{10});
-  EXPECT_EQ(explained.shared_bytes, Bytes{50});
-  EXPECT_FALSE(h.unload_done(a));
-  h.warm(a);
-  EXPECT_EQ(h.used(), 70);
-}
-
-TEST(Lost, AModelInUseWaitsForItsRequests) {
-  Harness h(lru({100}));
-  const ModelId a = h.add("a", 60);
-  const LeaseId used = h.use(a);
-  h.forget();
-  EXPECT_FALSE(h.lost(a));
-  EXPECT_EQ(h.said(), Lines{"drain a"});
-  const TicketId ticket = h.request(a);
-  EXPECT_TRUE(h.waiting(ticket)) << "it is not there any more";
-  EXPECT_FALSE(h.lost(a)) << "and may be told twice";
-  EXPECT_TRUE(h.said().empty());
-  EXPECT_FALSE(h.release(used));
-  EXPECT_EQ(h.said(), Lines{"unload a"});
-  EXPECT_EQ(h.lost(a), ErrorCode::kWrongState);
-  EXPECT_FALSE(h.unload_done(a));
-  EXPECT_EQ(h.said(), Lines{"load a"});
-  EXPECT_EQ(h.lost(a), ErrorCode::kWrongState);
-  EXPECT_FALSE(h.load_done(a));
-  EXPECT_FALSE(h.release(ticket));
-}
-
-TEST(Lost, APinnedModelLeavesAndStaysPinned) {
-  Harness h(lru({100}));
-  const ShareId shared = h.add_share(50);
-  const ModelId a = h.add_sharing("a", 10, {shared});
-  const ModelId b = h.add_sharing("b", 10, {shared});
-  h.warm(a);
-  h.warm(b);
-  EXPECT_FALSE(h.pin(a));
-  const TicketId used = h.request(a);
-  EXPECT_FALSE(h.lost(a));
-  EXPECT_EQ(h.yard().share(shared)->on(device(0)).pinned, 0U);
-  EXPECT_EQ(h.state(a), State::kDraining);
-  EXPECT_FALSE(h.release(used));
-  EXPECT_FALSE(h.unload_done(a));
-  EXPECT_TRUE(h.entry(a).pinned);
-  const TicketId ticket = h.request(a);
-  EXPECT_FALSE(h.load_done(a));
-  EXPECT_EQ(h.yard().share(shared)->on(device(0)).pinned, 1U);
-  EXPECT_EQ(h.unload(a), ErrorCode::kPinned);
-  EXPECT_FALSE(h.release(ticket));
-}
-
-TEST(Lost, ARemovedModelIsLostWhileItDrains) {
-  Harness h(lru({100}));
-  const ModelId a = h.add("a", 60);
-  EXPECT_EQ(h.lost(a), ErrorCode::kWrongState) << "it is cold";
-  const LeaseId used = h.use(a);
-  EXPECT_FALSE(h.remove(a));
-  EXPECT_FALSE(h.lost(a));
-  EXPECT_FALSE(h.release(used));
-  EXPECT_FALSE(h.unload_done(a));
-  EXPECT_EQ(h.lost(a), ErrorCode::kStaleId);
-}
-
-TEST(Lost, WhatComesBackIsForWhoWaits) {
-  Harness h(lru({100}));
-  const ModelId pinned = h.add("pinned", 60);
-  const ModelId b = h.add("b", 40);
-  const ModelId c = h.add("c", 60);
-  h.warm(pinned);
-  EXPECT_FALSE(h.pin(pinned));
-  const LeaseId used = h.use(b);
-  EXPECT_FALSE(h.lost(pinned));
-  const TicketId ticket = h.request(c);
-  EXPECT_TRUE(h.waiting(ticket)) << "sixty are on their way";
-  EXPECT_FALSE(h.unload_done(pinned));
-  EXPECT_EQ(h.state(c), State::kLoading);
-  EXPECT_FALSE(h.load_done(c));
-  EXPECT_FALSE(h.release(ticket));
-  EXPECT_FALSE(h.release(used));
 }
 
 }  // namespace

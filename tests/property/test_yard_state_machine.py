@@ -81,6 +81,7 @@ class YardMachine(RuleBasedStateMachine):
             backoff_initial=SECOND,
             backoff_max=4 * SECOND,
         )
+        self.naive.meant_for = self._meant_for
         for i, size in enumerate(sizes):
             self._add([{i % self.devices: size}])
 
@@ -90,6 +91,10 @@ class YardMachine(RuleBasedStateMachine):
         model = self.yard.add_model(f"m{len(self.naive.models)}", placements, 0.5)
         self.naive.add_model(model, placements, 0.5)
         self.settle()
+
+    def _meant_for(self, model: int) -> int:
+        entry = self.yard.entry(model)
+        return -1 if entry is None else entry.meant_for
 
     def _placements(self, sizes: list[dict[int, int]]) -> list[dict[int, int]]:
         return [{d % self.devices: size for d, size in charge.items()} for charge in sizes]

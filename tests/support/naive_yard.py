@@ -7,7 +7,7 @@ in csrc/include/modelyard does not allow. It shares no code and no cleverness wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Final
@@ -31,6 +31,8 @@ Charge = dict[int, int]
 
 REACH_MARGIN: Final = 1.25
 """How much more than expected a hit has to have left."""
+MEANT_FOR: Final = 10_000_000_000
+"""Nanoseconds that a model that was given away waits for the device it was given to."""
 
 
 class Disagreement(AssertionError):
@@ -91,6 +93,8 @@ class NaiveModel:
     held: Charge = field(default_factory=dict)
     quarantined: Charge = field(default_factory=dict)
     pinned: bool = False
+    meant_for: int | None = None
+    gone_at: int = 0
     removed: bool = False
     leave_after: bool = False
     stopping: bool = False
@@ -177,6 +181,8 @@ class NaiveYard:
         self.gone: set[int] = set()
         self.now = 0
         self.wake_at: int | None = None
+        # Which device the core says a model was given away to; -1 for none.
+        self.meant_for: Callable[[int], int] = lambda model: -1
         self.victims: list[tuple[int, Charge]] = []
         self.at_victims: Scene | None = None
         self._sequence = 0
@@ -459,6 +465,7 @@ class NaiveYard:
         entry = self.models[model]
         entry.quarantined = plus(entry.quarantined, minus(entry.held, freed))
         entry.held = {}
+        entry.gone_at = self.now
         self._rest(model)
         self._finish(actions)
 
@@ -593,6 +600,7 @@ class NaiveYard:
         _agree(not self.is_closed(need), "a Load onto a closed device")
         entry.placement = load.placement
         entry.held = dict(need)
+        entry.meant_for = None
         entry.state = State.LOADING
 
     def _on_leave(self, model: int, *, drains: bool) -> None:
@@ -603,7 +611,13 @@ class NaiveYard:
             return
         _agree(entry.state == State.RESIDENT, f"it was to leave while {entry.state}")
         _agree(not entry.pinned, "a pinned model was to leave")
-        if model != self._own and not self.is_closed(entry.held):
+        if (given_to := self.meant_for(model)) >= 0:
+            # It was given away: nobody waits for its room.
+            _agree(len(entry.held) == 1, "a device gave away what is on others as well")
+            _agree(given_to not in entry.held, "a device gave a model away to itself")
+            _agree(self._may_be_on(entry, given_to), "given away to where it may not be")
+            entry.meant_for = given_to
+        elif model != self._own and not self.is_closed(entry.held):
             self._check_cause(entry, drains)
             if self.at_victims is None:
                 movable: Charge = {}
@@ -615,6 +629,9 @@ class NaiveYard:
                 )
             self.victims.append((model, dict(entry.held)))
         entry.state = State.DRAINING if drains else State.UNLOADING
+
+    def _may_be_on(self, entry: NaiveModel, first: int) -> bool:
+        return any(min(need) == first and not self.is_closed(need) for need in entry.placements)
 
     def _check_cause(self, entry: NaiveModel, drains: bool) -> None:
         if any(device in self._deficit_before for device in entry.held):
@@ -700,6 +717,13 @@ class NaiveYard:
             if model.state == State.RESIDENT and not model.pinned and not model.leases:
                 idle = plus(idle, model.held)
         open_needs = [need for need in head.placements if not self.is_closed(need)]
+        # Who was given away is left waiting for that device for a while, and woken then.
+        woken = self.wake_at is not None and self.wake_at <= self.now
+        if head.meant_for is not None:
+            since = max(self.tickets[head.waiting[0]].arrival, head.gone_at)
+            if woken or self.now - since < min(MEANT_FOR, self.overdue_after):
+                its_own = [need for need in open_needs if min(need) == head.meant_for]
+                open_needs = its_own or open_needs
         for need in open_needs:
             _agree(
                 not (self.fits(need) and self.has_channels(need)),
