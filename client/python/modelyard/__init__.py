@@ -106,6 +106,8 @@ if TYPE_CHECKING:
         ServerInfo,
         ServerStats,
         ShadowFigures,
+        StoreCollected,
+        StoreFigures,
     )
     from modelyard.route_targets import (
         Branch,
@@ -235,6 +237,8 @@ __all__ = [
     "ShadowFigures",
     "ShadowTarget",
     "SplitTarget",
+    "StoreCollected",
+    "StoreFigures",
     "StreamBroken",
     "TensorError",
     "Transform",
@@ -281,7 +285,7 @@ _EXPORTS: Final = (
         "resources",
         "BatchFigures CopyState Departures DeviceCharge HostTier LoadFailure ManagedDevice Model "
         "ModelOwner PlacedModel PlacedPart Regret Residency ResidencyState ServerInfo ServerStats "
-        "ShadowFigures",
+        "ShadowFigures StoreCollected StoreFigures",
     ),
     (
         "route_targets",

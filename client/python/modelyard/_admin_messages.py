@@ -30,6 +30,8 @@ from modelyard.resources import (
     ServerInfo,
     ServerStats,
     ShadowFigures,
+    StoreCollected,
+    StoreFigures,
 )
 from modelyard.v1 import admin_service_pb2, model_pb2, plan_pb2, residency_pb2
 
@@ -40,6 +42,7 @@ __all__ = [
     "residency_from",
     "server_info_from",
     "server_stats_from",
+    "store_collected_from",
     "time_from",
 ]
 
@@ -168,6 +171,29 @@ def server_stats_from(message: admin_service_pb2.GetStatsResponse) -> ServerStat
         departures=_departures_from(message.departures) if message.HasField("departures") else None,
         batches=_batches_from(message.batches) if message.HasField("batches") else None,
         shadows=_shadows_from(message.shadows) if message.HasField("shadows") else None,
+        store=_store_from(message.store) if message.HasField("store") else None,
+    )
+
+
+def store_collected_from(message: admin_service_pb2.CollectStoreResponse) -> StoreCollected:
+    """Return what a collection did. Raises ``ValueError`` if a time is out of range."""
+    return StoreCollected(
+        freed_bytes=message.freed_bytes,
+        freed_count=message.freed_count,
+        store=_store_from(message.store) if message.HasField("store") else None,
+    )
+
+
+def _store_from(message: admin_service_pb2.StoreFigures) -> StoreFigures:
+    return StoreFigures(
+        stored_bytes=message.stored_bytes,
+        model_count=message.model_count,
+        unused_bytes=message.unused_bytes,
+        unused_count=message.unused_count,
+        due_at=time_from(message.due_time) if message.HasField("due_time") else None,
+        freed_bytes=message.freed_bytes,
+        freed_count=message.freed_count,
+        obstacle=message.obstacle,
     )
 
 

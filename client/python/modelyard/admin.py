@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import grpc
 
@@ -21,7 +22,7 @@ from modelyard._connection import (
     StreamingCall,
 )
 from modelyard.events import WatchPosition
-from modelyard.resources import ServerInfo, ServerStats
+from modelyard.resources import ServerInfo, ServerStats, StoreCollected
 from modelyard.v1 import admin_service_pb2
 from modelyard.v1.admin_service_pb2_grpc import AdminServiceStub
 from modelyard.v1.device_service_pb2_grpc import DeviceServiceStub
@@ -31,6 +32,8 @@ from modelyard.v1.route_service_pb2_grpc import RouteServiceStub
 from modelyard.watch import EventWatch, RequestWatch
 
 __all__ = ["UNSET", "Admin", "Unset"]
+
+_MAX_KEEP_S: Final = 36_500 * 86_400
 
 
 class Admin(ModelCalls, RouteCalls, DeviceCalls, ResidencyCalls):
@@ -90,6 +93,36 @@ class Admin(ModelCalls, RouteCalls, DeviceCalls, ResidencyCalls):
         request = admin_service_pb2.GetStatsRequest()
         response = self._connection.call(self._admin.GetStats, request, timeout_s)
         return self._read(_admin_messages.server_stats_from, response)
+
+    def collect_store(
+        self,
+        *,
+        keep_s: float | None = None,
+        validate_only: bool = False,
+        timeout_s: float | None = None,
+    ) -> StoreCollected:
+        """Give back what the server's weight store holds for nobody; return what came back.
+
+        The server does so by itself; this does it now. It waits for imports that run.
+
+        Args:
+            keep_s: seconds that what was used is kept after it was last seen to be used; None: as
+                the server's configuration says, 0: not at all.
+            validate_only: say what would come back, and remove nothing.
+            timeout_s: see the class. What is not over by then goes on.
+
+        Raises:
+            ValueError: ``keep_s`` is negative, or more than a hundred years.
+            LoadFailed: the store's disk is broken.
+            ModelyardError: any other failure.
+        """
+        request = admin_service_pb2.CollectStoreRequest(validate_only=validate_only)
+        if keep_s is not None:
+            if not 0 <= keep_s <= _MAX_KEEP_S:
+                raise ValueError(f"keep_s must be 0 to {_MAX_KEEP_S}, got {keep_s}")
+            request.keep_duration.FromTimedelta(timedelta(seconds=keep_s))
+        response = self._connection.call(self._admin.CollectStore, request, timeout_s)
+        return self._read(_admin_messages.store_collected_from, response)
 
     def watch_events(
         self,

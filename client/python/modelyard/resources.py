@@ -33,6 +33,8 @@ __all__ = [
     "ServerInfo",
     "ServerStats",
     "ShadowFigures",
+    "StoreCollected",
+    "StoreFigures",
 ]
 
 
@@ -389,7 +391,8 @@ class Departures:
 
     Args:
         counts: models that were told to leave, by cause: ``MODEL`` (for another one), ``BUDGET``,
-            ``DEVICE_DRAINED``, ``OPERATOR``, ``REMOVED``, ``LOST``; without zeros.
+            ``DEVICE_DRAINED``, ``DEVICE_BEHIND`` (given away by a device that had more to do than
+            others), ``OPERATOR``, ``REMOVED``, ``LOST``; without zeros.
         age_count: of how many models the ages are: the last 256 that were chosen to leave. The
             ages are None without any.
         median_idle_s: half of them had been asked for more lately than this.
@@ -450,6 +453,48 @@ class ShadowFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreFigures:
+    """What a server's weight store holds, and what has been given back of it.
+
+    A model counts by its content: every version of a registered model's files is one.
+
+    Args:
+        stored_bytes: of all of its files.
+        model_count: models in it.
+        unused_bytes: of ``stored_bytes``, what nobody uses and is kept for a while.
+        unused_count: models that are.
+        due_at: when the first of them will have been kept for long enough; None without any.
+        freed_bytes: what the server has given back since it started.
+        freed_count: models that it has.
+        obstacle: why nothing can be given back now; empty if it can.
+    """
+
+    stored_bytes: int
+    model_count: int
+    unused_bytes: int
+    unused_count: int
+    due_at: datetime | None
+    freed_bytes: int
+    freed_count: int
+    obstacle: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreCollected:
+    """What a collection of a server's weight store has given back, or would.
+
+    Args:
+        freed_bytes: of the files that were removed.
+        freed_count: models that were.
+        store: what it holds now; None if the server has no store.
+    """
+
+    freed_bytes: int
+    freed_count: int
+    store: StoreFigures | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStats:
     """What a server has done since it started.
 
@@ -475,6 +520,7 @@ class ServerStats:
         departures: which models had to leave.
         batches: what was run, alone and together.
         shadows: what has become of requests that were only tried.
+        store: what the weight store holds; None on a server without one, too.
     """
 
     answered_count: int
@@ -496,3 +542,4 @@ class ServerStats:
     departures: Departures | None = None
     batches: BatchFigures | None = None
     shadows: ShadowFigures | None = None
+    store: StoreFigures | None = None
