@@ -52,6 +52,7 @@ store = "modelyard-store"        # the server's own copies; relative to this fil
 in_place = false                 # true: no copies, files are read where they lie
 read = "map"                     # into host memory: map, owned or arena
 arena = 0                        # what an arena keeps for the next model, such as "1GiB"
+keep_unused_s = 86400            # how long the store keeps what nobody uses any more
 
 [engine]                         # where models run
 kind = "process"                 # in worker processes; or "thread", in the server's own

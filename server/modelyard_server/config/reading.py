@@ -10,9 +10,14 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Final
 
+from modelyard_server.config.devices import DeviceConfig
+from modelyard_server.config.engine import EngineConfig
+from modelyard_server.config.host_tier import HostTierConfig, tier_conflicts
 from modelyard_server.config.lines import LineIndex
+from modelyard_server.config.models import ModelConfig
 from modelyard_server.config.placement import is_haystack_shape
 from modelyard_server.config.problems import ConfigError, KeyPath, Problem, key_text, quoted
+from modelyard_server.config.routes import RouteConfig, route_conflicts
 from modelyard_server.config.rules import (
     Finding,
     Rule,
@@ -22,28 +27,14 @@ from modelyard_server.config.rules import (
     identifier,
     kind,
     one_of,
+    seconds,
     size,
 )
-from modelyard_server.config.values import (
-    READ_MODES,
-    CatalogConfig,
-    Config,
-    DeviceConfig,
-    EngineConfig,
-    HostTierConfig,
-    HttpConfig,
-    ModelConfig,
-    RouteConfig,
-    Section,
-    ServerConfig,
-    WeightsConfig,
-    YardConfig,
-    plan_conflicts,
-    route_conflicts,
-    rule_of,
-    settings,
-    tier_conflicts,
-)
+from modelyard_server.config.sections import Section, rule_of, settings
+from modelyard_server.config.server import HttpConfig, ServerConfig
+from modelyard_server.config.storage import MAX_KEEP_S, READ_MODES, CatalogConfig, WeightsConfig
+from modelyard_server.config.whole import Config, plan_conflicts
+from modelyard_server.config.yard import YardConfig
 from modelyard_server.devices.sizes import MAX_SIZE_BYTES
 
 __all__ = ["MAX_CONFIG_BYTES", "load_config", "parse_config"]
@@ -225,14 +216,16 @@ class _Reader:
     def _weights(self) -> WeightsConfig:
         path = ("weights",)
         table = self._table(path)
-        self._refuse_unknown(path, table, ("store", "in_place", "read", "arena"))
+        self._refuse_unknown(path, table, ("store", "in_place", "read", "arena", "keep_unused_s"))
         store: Path | None = self._default_store
         found: dict[str, Any] = {"in_place": False, "read": "map", "arena": 0}
+        found["keep_unused_s"] = WeightsConfig().keep_unused_s
         checks: dict[str, Rule] = {
             "store": lambda value: _folder_to_write(self._base, value),
             "in_place": boolean,
             "read": one_of(*READ_MODES),
             "arena": size(0, MAX_SIZE_BYTES),
+            "keep_unused_s": seconds(0, MAX_KEEP_S),
         }
         for name, check in checks.items():
             if name in table:
@@ -241,7 +234,12 @@ class _Reader:
                 except RuleError as error:
                     self._report_all((*path, name), error.findings)
         store = None if found["in_place"] else found.get("store", store)
-        return WeightsConfig(store=store, read=found["read"], arena=found["arena"])
+        return WeightsConfig(
+            store=store,
+            read=found["read"],
+            arena=found["arena"],
+            keep_unused_s=found["keep_unused_s"],
+        )
 
     def _array(self, name: str, section: type[Section]) -> list[dict[str, Any]] | None:
         """Read an array of tables; None if it is none."""
