@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,48 @@ async def test_the_old_copy_answers_until_the_new_one_takes_over(bench: Bench) -
     bench.residency.audit()
 
 
+async def test_a_device_that_is_behind_keeps_the_old_copy_while_its_heir_loads(
+    tmp_path: Path,
+) -> None:
+    bench = Bench(tmp_path, budgets=(BUDGET, BUDGET))
+    now_ns = bench.now_ns()
+    bench.now_ns = lambda: now_ns
+    names = (
+        "m",
+        "filler",
+        "other",
+    )  # In turn, where most room is: the first and the last together.
+    old, filler, other = [await bench.create(name) for name in names]
+    for model in (old, filler, other):
+        await bench.load_and_release(model)
+    assert bench.residency.device_of(old.handle) == bench.residency.device_of(other.handle)
+    bench.residency.set_pinned(other.handle, True)  # If anybody goes it is the old copy.
+    leases: deque[Lease] = deque()
+
+    def ask(times: int = 1) -> None:
+        for model in (other, old) * times:
+            lease = bench.residency.try_lease(model.handle)
+            if lease is not None:
+                leases.append(lease)
+
+    with bench.registry.succession([await bench.heir(old)]) as succession:
+        staging = asyncio.create_task(succession.stage(NEVER_NS))
+        await bench.until(lambda: bench.load_of(succession))
+        ask(10)
+        for _ in range(40):
+            now_ns += 500_000_000
+            leases.popleft().release()
+            ask()
+        assert bench.state(old) == State.RESIDENT
+        bench.load_of(succession).finish()
+        await staging
+        succession.commit()
+    while leases:
+        leases.popleft().release()
+    await bench.settle()
+    await bench.end()
+
+
 async def test_requests_that_wait_for_the_old_copy_are_served_by_the_new_one(bench: Bench) -> None:
     old = await bench.create()
     waiters = [bench.waiter(old) for _ in range(3)]
@@ -122,7 +165,7 @@ async def test_waiting_requests_keep_their_deadline_and_how_long_they_have_waite
     bench: Bench,
 ) -> None:
     clock = 0
-    bench.residency._now_ns = lambda: clock
+    bench.now_ns = lambda: clock
     old = await bench.create()
     patient, hasty = bench.waiter(old), bench.waiter(old, deadline_ns=10)
     await turns()
@@ -131,7 +174,7 @@ async def test_waiting_requests_keep_their_deadline_and_how_long_they_have_waite
         (new,) = succession.commit()
     await turns()
     clock = 10
-    bench.residency._tick()
+    bench.residency._actions.tick()
     with pytest.raises(Refusal) as caught:
         await hasty
     assert caught.value.reason in (Reason.DEADLINE_IN_LOAD, Reason.DEADLINE_IN_QUEUE)
@@ -299,7 +342,7 @@ async def test_one_heir_that_fails_stops_the_others_and_all_is_as_before(bench: 
 
 async def test_a_load_that_is_not_done_in_time_is_given_up(bench: Bench) -> None:
     clock = 0
-    bench.residency._now_ns = lambda: clock
+    bench.now_ns = lambda: clock
     old = await bench.create()
     await bench.load_and_release(old)
     before = bench.snapshot()
@@ -311,7 +354,7 @@ async def test_a_load_that_is_not_done_in_time_is_given_up(bench: Bench) -> None
         await bench.until(lambda: bench.load_of(succession))
         load = bench.load_of(succession)
         clock = 10
-        bench.residency._tick()
+        bench.residency._actions.tick()
         await staging
     assert caught.value.reason is Reason.DEADLINE_IN_LOAD
     await bench.settle()

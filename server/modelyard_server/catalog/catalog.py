@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from modelyard_server.catalog.model import Model
@@ -25,9 +25,14 @@ class Catalog:
     `keys` are the keys that one model is all the meaning of: its own, and those of routes of the
     kind "model" as long as there is that model. A key that nothing has as it is belongs to the
     route with the longest prefix of it. On the event loop's thread only.
+
+    Attributes:
+        on_models: is called when there are other models than before, or soon will be; None for
+            nobody.
     """
 
     def __init__(self) -> None:
+        self.on_models: Callable[[], None] | None = None
         self._models: dict[str, Model] = {}
         self._routes: dict[str, Route] = {}
         # Which keys and prefixes are of which route.
@@ -73,6 +78,12 @@ class Catalog:
         self._models[model.id] = model
         for key in (model.id, *model.draft.keys, *self._routed_to(model.id)):
             self._keys[key] = model
+        self.note_models()
+
+    def note_models(self) -> None:
+        """Tells whoever wants to know that there are other models, or soon will be."""
+        if self.on_models is not None:
+            self.on_models()
 
     def replace(self, old: Model, new: Model) -> None:
         """Puts a model of the same id in another's place, in one step."""
@@ -85,6 +96,7 @@ class Catalog:
         del self._models[model.id]
         for key in (model.id, *model.draft.keys, *self._routed_to(model.id)):
             self._keys.pop(key, None)
+        self.note_models()
 
     def get(self, model_id: str) -> Model:
         """The model of an id. Raises Refusal MODEL_NOT_FOUND."""

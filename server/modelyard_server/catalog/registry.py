@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +35,7 @@ from modelyard_server.residency.shell import Residency
 from modelyard_server.residency.values import MAX_BYTES, NEVER_NS, State
 from modelyard_server.runtimes.api import ModelFilesError, ModelSpec, OptionError, Price
 from modelyard_server.weights.activation_model import ActivationPoint
-from modelyard_server.weights.model_files import check_folder, folder_of
+from modelyard_server.weights.model_files import FolderLike, ModelFolder, check_folder, folder_of
 
 __all__ = ["Checked", "Registry", "Remember"]
 
@@ -112,6 +114,7 @@ class Registry:
         self._writes = writes
         self._journal = journal
         self._run_figures = RunFigures()
+        self._arriving: Counter[FolderLike] = Counter()
 
     # --- By the API ---------------------------------------------------------------------------
 
@@ -126,6 +129,12 @@ class Registry:
         """
         checked = self.check(draft, folder_needed=True)
         self._catalog.check_free(draft.id, draft.keys)
+        with self._coming(checked.spec):
+            return await self._create(checked, validate_only, remember)
+
+    async def _create(
+        self, checked: Checked, validate_only: bool, remember: Remember
+    ) -> Registration:
         price = await self.price(checked.spec)
         registration = self.register(checked, price, owner=Owner.API)
         self._check_fits(registration.ways)
@@ -143,7 +152,7 @@ class Registry:
             self._journal.changed(model.id)
             return model
 
-        return await to_the_end(f"create {draft.id}", finish)
+        return await to_the_end(f"create {registration.id}", finish)
 
     async def update(
         self,
@@ -178,6 +187,19 @@ class Registry:
         given = old.given if keep_given else None
         checked = self.check(draft, folder_needed=True, given=given)
         self._catalog.check_free(draft.id, draft.keys, but_for=old)
+        with self._coming(checked.spec):
+            return await self._update(old, checked, reload, deadline_ns, validate_only, remember)
+
+    async def _update(
+        self,
+        old: Model,
+        checked: Checked,
+        reload: bool,
+        deadline_ns: int,
+        validate_only: bool,
+        remember: Remember,
+    ) -> Registration:
+        given = checked.given
         price = await self.price(checked.spec)
         registration = self.register(
             checked, price, owner=old.owner, created=old.created, origin=old.origin
@@ -450,6 +472,28 @@ class Registry:
         for model in self._catalog.models():
             if model.handle.core_id == core_id:
                 model.runs.observe(points)
+
+    def folders(self) -> list[FolderLike]:
+        """The folders of all models, those included that are just being registered."""
+        folders: list[FolderLike] = list(self._arriving)
+        for model in self._catalog.models():
+            draft = model.draft
+            if draft.root in self._roots and draft.folder:
+                parts = tuple(draft.folder.split("/"))
+                folders.append(ModelFolder(root=self._roots[draft.root], parts=parts))
+        return folders
+
+    @contextmanager
+    def _coming(self, spec: ModelSpec) -> Iterator[None]:
+        """Counts a model's folder among those in use, from before its files are read."""
+        folders = [] if spec.folder is None else [folder_of(spec)]
+        self._arriving.update(folders)
+        self._catalog.note_models()
+        try:
+            yield
+        finally:
+            self._arriving -= Counter(folders)
+            self._catalog.note_models()
 
     def budgets(self) -> tuple[int, ...]:
         """The budgets in force, by position."""

@@ -103,9 +103,11 @@ class Succession:
             Refusal: one of them cannot be loaded; its text names the model. Discard then.
         """
         for heir in self._heirs:
-            # Leased, the old copies are nobody's victims: least of all their heirs'.
+            # Leased, the old copies are nobody's victims: least of all their heirs'. Set aside, the
+            # leases are no work, and a device that is behind with its own gives nobody away.
             old = self._residency.try_lease(heir.old.handle, asked=True)
             if old is not None:
+                old.set_aside()
                 self._leases.callback(old.release)
         staged = [heir for heir in self._heirs if heir.staged and not heir.stays]
         try:
@@ -173,6 +175,7 @@ class Succession:
             why = f": {handle.failure_text}" if handle.failure_text else ""
             refusal.text = f"models/{heir.id} in its new place: {refusal.text}{why}"
             raise
+        lease.set_aside()
         self._leases.callback(lease.release)
 
     def _add(self, heir: Heir, ways: Sequence[PlacedAs]) -> ModelHandle:

@@ -142,6 +142,8 @@ def _cause(record: Mapping[str, Any], where: str, name_of: Callable[[int], str])
             return where, f"because {holder} holds more than its budget"
         case "DEVICE_CLOSED":
             return where, f"because {where} is drained"
+        case "DEVICE_BEHIND":
+            return where, f"because {where} is behind with its work and others are not"
         case "OPERATOR":
             return OPERATOR, "because an operator asked for it"
         case "REMOVED":

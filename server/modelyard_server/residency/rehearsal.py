@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 from modelyard_server import _core
 from modelyard_server.devices.placed import PlacedAs, placements_of, shared_of, shares_on
 from modelyard_server.residency.shared import SharedTensors
+from modelyard_server.residency.uses import device_use
 from modelyard_server.residency.values import DeviceUse
 
 if TYPE_CHECKING:
     from modelyard_server._core import _Action  # Exists for type checkers only.
 
-__all__ = ["Departure", "NoRoom", "Rehearsal", "device_use"]
+__all__ = ["Departure", "NoRoom", "Rehearsal"]
 
 _LEAVES = frozenset({"EVICTED", "DRAINED"})
 
@@ -63,24 +64,6 @@ class NoRoom:
     needed: int
     free: int
     budget: int
-
-
-def device_use(yard: _core.Yard, device: int) -> DeviceUse:
-    """What a device of a yard has promised and holds."""
-    account = yard.account(device)
-    loads, evictions = yard.device_counters(device)
-    return DeviceUse(
-        budget=account.budget,
-        reserved=account.reserved,
-        resident=account.resident,
-        draining=account.draining,
-        quarantined=account.quarantined,
-        deficit=account.deficit,
-        peak=account.peak,
-        saved=yard.saved(device),
-        load_count=loads,
-        eviction_count=evictions,
-    )
 
 
 class Rehearsal:
@@ -193,6 +176,7 @@ class Rehearsal:
     def hold(self, core_id: int) -> None:
         """Uses a model, if it is resident, until let_go: so it is nobody's victim."""
         if lease := self._yard.try_acquire(core_id, self._now_ns):
+            self._yard.set_aside(lease)  # As when it is carried out; see Succession.
             self._leases.append(lease)
 
     def want(self, core_id: int, *, hold: bool = False) -> bool:

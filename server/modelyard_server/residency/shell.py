@@ -1,12 +1,12 @@
-"""The residency shell: carries out what the core decides, and tells it what became of it.
+"""The residency shell: the core's yard as the rest of the server sees it.
 
-The core is pure: events in, actions out. This shell is where time, tasks and futures are. Every
+The core is pure: events in, actions out. This package is where time, tasks and futures are. Every
 event goes in on the event loop's thread, and the actions it returns are carried out before anything
 else runs, so the core never sees two events at once and needs no lock.
 
-A hit is one core call. A miss gets a ticket and a future; the core's Grant or Refuse settles it.
-Loads and unloads are tasks of this shell, not of the request that caused them: a client that leaves
-takes its ticket back and nothing else.
+A hit is one core call. A miss gets a ticket and a future (tickets.py); the core's Grant or Refuse
+settles it. Loads and unloads (begun by actions.py, done by transfers.py) are tasks of this package,
+not of the request that caused them: a client that leaves takes its ticket back and nothing else.
 
 Its package is the only importer of the core's module.
 """
@@ -14,30 +14,26 @@ Its package is the only importer of the core's module.
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, assert_never
+from typing import TYPE_CHECKING, Any, Self
 
 from modelyard_server import _core
 from modelyard_server.devices.placed import PlacedAs, placements_of, shared_of, shares_on
 from modelyard_server.errors import Reason, Refusal
-from modelyard_server.execution.engine import Engine, Loaded, Unloaded
+from modelyard_server.execution.engine import Engine
+from modelyard_server.residency.actions import Actions
 from modelyard_server.residency.arrival_order import ArrivalOrder
-from modelyard_server.residency.host_tier import HOST_TIER, tier_use, without_tier
+from modelyard_server.residency.host_tier import HOST_TIER, tier_use
 from modelyard_server.residency.journal import Journal
-from modelyard_server.residency.recent_loads import RecentLoads
-from modelyard_server.residency.refusals import refusal_of
-from modelyard_server.residency.rehearsal import Rehearsal, device_use
+from modelyard_server.residency.rehearsal import Rehearsal
 from modelyard_server.residency.shared import SharedTensors
 from modelyard_server.residency.telling import Teller
-from modelyard_server.residency.transfers import Transfers
+from modelyard_server.residency.tickets import Tickets
+from modelyard_server.residency.uses import device_use, model_use
 from modelyard_server.residency.values import (
-    GONE,
     NEVER_NS,
     CopyState,
     Departures,
@@ -48,18 +44,13 @@ from modelyard_server.residency.values import (
     TierUse,
     YardSettings,
 )
-from modelyard_server.runtimes.api import (
-    ModelSpec,
-    Price,
-)
+from modelyard_server.runtimes.api import ModelSpec, Price
 from modelyard_server.runtimes.targets import Target
 
 if TYPE_CHECKING:
     from modelyard_server._core import _Action  # Exists for type checkers only.
 
 __all__ = ["Lease", "Residency", "heir_of"]
-
-logger = logging.getLogger(__name__)
 
 _COPY_PADDING_BYTES = 256 << 10
 """What is reserved for the pages of a model's first copy beyond its bytes: a copy pays for all
@@ -92,11 +83,11 @@ class Lease:
         It goes on by runs between which others have their turn. So its device's pace, by which
         others are told how long they would wait, is not measured by it.
         """
-        self._residency._set_aside(self._id)
+        self._residency._yard.set_aside(self._id)
 
     def release(self) -> None:
         """Gives it back. What that makes possible (an unload, a waiting load) begins at once."""
-        self._residency._release(self._id)
+        self._residency._tickets.release(self._id)
 
     def __enter__(self) -> Self:
         return self
@@ -112,9 +103,6 @@ class Lease:
 
 class Residency:
     """Owns the yard and its tasks. All methods on the event loop's thread.
-
-    Invariants: every action of the core is carried out once, in order, before the next event; a
-    future that a waiter dropped never keeps a lease.
 
     Args:
         settings: how the core behaves.
@@ -147,18 +135,9 @@ class Residency:
             above_tier=list(settings.above_tier),
             copy_padding=_COPY_PADDING_BYTES,
         )
-        self._tier = self._yard.tier
         self._device_names = tuple(device_names)
         self._now_ns = now_ns
         self._handles: dict[int, ModelHandle] = {}
-        self._tickets: dict[int, asyncio.Future[int]] = {}
-        self._todo: deque[_Action] = deque()
-        self._carrying_out = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._targets: dict[int, Target] = {}
-        self._closing = False
-        self._drain_watchers: set[asyncio.Event] = set()
-        self._recent_loads = RecentLoads()
         self._line: ArrivalOrder | None = None
         if settings.order == "fifo":
             self._line = ArrivalOrder(most_waiting=settings.max_waiting, now_ns=now_ns)
@@ -171,7 +150,26 @@ class Residency:
         )
         self._engine = engine
         self._shared = SharedTensors(self._yard)
-        self._transfers = Transfers(engine, device_names=device_names, outcomes=self)
+        self._tickets = Tickets(
+            self._yard,
+            now_ns=now_ns,
+            carry_out=self._carry_out,
+            journal=self.journal,
+            device_names=device_names,
+            name_of=self._teller.name_of,
+        )
+        self._actions = Actions(
+            self._yard,
+            now_ns=now_ns,
+            engine=engine,
+            device_names=device_names,
+            handles=self._handles,
+            tickets=self._tickets,
+            teller=self._teller,
+            journal=self.journal,
+            set_ways=self.set_ways,
+            forget_if_gone=self._forget_if_gone,
+        )
 
     # --- Models -------------------------------------------------------------------------------
 
@@ -235,7 +233,7 @@ class Residency:
             shares_on(handle.ways),
         )
         self._shared.assign(handle.core_id, shared)
-        self._apply(actions)
+        self._carry_out(actions)
 
     def replace(self, old: ModelHandle, new: ModelHandle) -> None:
         """Lets one model take another's place: who waits for the old one waits for the new one.
@@ -253,13 +251,13 @@ class Residency:
 
     def remove(self, handle: ModelHandle) -> None:
         """Takes a model out. Requests that run are answered; those that wait are refused."""
-        self._apply(self._yard.remove_model(handle.core_id, self._now_ns()))
+        self._carry_out(self._yard.remove_model(handle.core_id, self._now_ns()))
         self._forget_if_gone(handle)
 
     def set_pinned(self, handle: ModelHandle, pinned: bool) -> None:
         """Pins a model or lets it go. Pinning does not load it; see want."""
         change = self._yard.pin if pinned else self._yard.unpin
-        self._apply(change(handle.core_id, self._now_ns()))
+        self._carry_out(change(handle.core_id, self._now_ns()))
 
     def want(self, handle: ModelHandle) -> None:
         """Asks for a model to be resident, without waiting, as an operator does.
@@ -269,15 +267,7 @@ class Residency:
         Raises:
             Refusal: it cannot be loaded now; see lease.
         """
-        ticket, actions = self._yard.request(handle.core_id, self._now_ns(), NEVER_NS)
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._tickets[ticket] = future
-        self._apply(actions, asked=handle.core_id)
-        # Nobody waits for it: a grant is given back at once, a late refusal is the model's state.
-        if future.done():
-            self._release(future.result())
-        else:
-            future.add_done_callback(self._give_back)
+        self._tickets.want(handle)
 
     def forgive(self, handle: ModelHandle) -> None:
         """Forgets that loads of a model have failed: it may be loaded at once."""
@@ -301,7 +291,7 @@ class Residency:
             if entry.state is State.RESIDENT and not entry.removed:
                 gone.append(handle)
             if entry.state in (State.RESIDENT, State.DRAINING):
-                self._apply(self._yard.lost(core_id, self._now_ns()))
+                self._carry_out(self._yard.lost(core_id, self._now_ns()))
         return tuple(gone)
 
     def copies_lost(self, core_ids: Iterable[int]) -> None:
@@ -314,7 +304,7 @@ class Residency:
             entry = self._yard.entry(core_id)
             # One that is being dropped ends with that.
             if entry is not None and entry.copy_state is CopyState.KEPT:
-                self._apply(self._yard.copy_lost(core_id, self._now_ns()))
+                self._carry_out(self._yard.copy_lost(core_id, self._now_ns()))
 
     def handle_of(self, core_id: int) -> ModelHandle | None:
         """The handle of a model that the yard knows, by the yard's id for it."""
@@ -334,7 +324,7 @@ class Residency:
             raise Refusal(
                 Reason.MODEL_IN_USE, f"model {handle.name!r} is pinned; unpin it first"
             ) from None
-        self._apply(actions)
+        self._carry_out(actions)
         while self._is_on_its_way(handle):
             settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             handle._settled.append(settled)
@@ -355,7 +345,7 @@ class Residency:
         if use.state in (State.LOADING, State.DRAINING, State.UNLOADING):
             return True
         # Nobody waits for a copy that is in use, unless what is missing of it is others' as well.
-        in_use = use.copy_in_use and (use.copy_bytes > 0 or self._closing)
+        in_use = use.copy_in_use and (use.copy_bytes > 0 or self._actions.is_closing)
         return use.copy_state is CopyState.DROPPING and not in_use
 
     # --- Requests -----------------------------------------------------------------------------
@@ -410,22 +400,7 @@ class Residency:
         self, handle: ModelHandle, began_ns: int, deadline_ns: int, asked: bool
     ) -> Lease:
         loop = asyncio.get_running_loop()
-        try:
-            ticket, actions = self._yard.request(handle.core_id, self._now_ns(), deadline_ns)
-        except _core.StaleIdError:  # It was removed after the caller had looked it up.
-            raise Refusal(Reason.MODEL_NOT_FOUND, f"no model {handle.name!r}") from None
-        future: asyncio.Future[int] = loop.create_future()
-        self._tickets[ticket] = future
-        self._apply(actions, asked=handle.core_id if asked else 0)
-        try:
-            lease_id = await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self._release(future.result())  # Granted, and cancelled before it could be seen.
-            elif self._tickets.pop(ticket, None) is not None:
-                self._apply(self._yard.cancel(ticket, self._now_ns()))
-                self.journal.changed(handle.name)  # It may wait no more, and no decision says so.
-            raise
+        lease_id = await self._tickets.lease_id(handle, deadline_ns, asked=asked)
         now_ns = self._now_ns()
         wait_s = (now_ns - began_ns) * 1e-9
         began_loading = handle.load_started
@@ -434,22 +409,22 @@ class Residency:
 
     def device_of(self, handle: ModelHandle) -> int:
         """Position of the home device of a resident model."""
-        return self._targets[handle.core_id].home
+        return self._actions.targets[handle.core_id].home
 
     def target_of(self, handle: ModelHandle) -> Target | None:
         """Where each part of a model is that is in memory, or about to leave it; else None."""
-        return self._targets.get(handle.core_id)
+        return self._actions.targets.get(handle.core_id)
 
     # --- Devices ------------------------------------------------------------------------------
 
     def set_budget(self, device: int, budget_bytes: int) -> None:
         """Changes a budget; what no longer fits drains."""
         self._engine.set_budget(device, budget_bytes)
-        self._apply(self._yard.set_budget(device, budget_bytes, self._now_ns()))
+        self._carry_out(self._yard.set_budget(device, budget_bytes, self._now_ns()))
 
     def set_closed(self, device: int, closed: bool) -> None:
         """Closes a device: nothing is loaded onto it, and what is there drains unless pinned."""
-        self._apply(self._yard.set_device_closed(device, closed, self._now_ns()))
+        self._carry_out(self._yard.set_device_closed(device, closed, self._now_ns()))
 
     def is_closed(self, device: int) -> bool:
         """True while a device is closed."""
@@ -481,49 +456,13 @@ class Residency:
         rehearsal = self.rehearse()
         return rehearsal.want(handle.core_id) and not rehearsal.departures
 
-    @contextmanager
-    def watching_drains(self) -> Iterator[asyncio.Event]:
+    def watching_drains(self) -> AbstractContextManager[asyncio.Event]:
         """Gives an event that is set whenever a model is asked to leave while it is leased."""
-        told = asyncio.Event()
-        self._drain_watchers.add(told)
-        try:
-            yield told
-        finally:
-            self._drain_watchers.discard(told)
+        return self._actions.watching_drains()
 
     def use(self, handle: ModelHandle) -> ModelUse:
         """Where a model stands."""
-        entry = self._yard.entry(handle.core_id)
-        if entry is None:  # Removed, and everything is back.
-            return GONE
-        failed = entry.state is State.FAILED
-        loads = entry.load_count + handle.loads_before
-        charges = self._yard.held_with_shares(handle.core_id)
-        alone = self._yard.exclusive(handle.core_id)
-        return ModelUse(
-            state=entry.state,
-            charges=charges,
-            shared={
-                device: size - alone.get(device, 0)
-                for device, size in charges.items()
-                if size > alone.get(device, 0)
-            },
-            quarantined=without_tier(entry.quarantined, self._tier),
-            pinned=entry.pinned,
-            lease_count=entry.lease_count,
-            waiting_count=entry.waiting_count,
-            load_count=loads,
-            eviction_count=entry.eviction_count + handle.evictions_before,
-            load_duration_s=entry.reload_seconds if loads else None,
-            failure_text=handle.failure_text if failed else "",
-            failure_transient=failed and entry.failure is _core.LoadFailure.TRANSIENT,
-            failure_count=entry.failure_count if failed else 0,
-            retry_in_s=max(0, entry.retry_at_ns - self._now_ns()) * 1e-9 if failed else 0.0,
-            copy_state=entry.copy_state,
-            copy_bytes=self._yard.copy_exclusive(handle.core_id),
-            copy_in_use=entry.copy_in_use,
-            copy_duration_s=entry.copy_seconds or None,
-        )
+        return model_use(self._yard, handle, self._now_ns())
 
     def device_use(self, device: int) -> DeviceUse:
         """What a device has promised and holds."""
@@ -541,7 +480,7 @@ class Residency:
     @property
     def recent_load_s(self) -> float:
         """Seconds of the loads that ended in the last minute."""
-        return self._recent_loads.seconds(self._now_ns())
+        return self._actions.recent_load_s
 
     @property
     def lru_load_s(self) -> float:
@@ -594,199 +533,19 @@ class Residency:
         Returns:
             False if some still run after timeout_s.
         """
-        self._closing = True
-        self._transfers.stop()
+        self._actions.stop()
         if self._line is not None:
             self._line.close()
-        tickets, self._tickets = self._tickets, {}
-        for ticket, future in tickets.items():
-            if not future.done():
-                future.set_exception(
-                    Refusal(
-                        Reason.SERVER_DRAINING, "the server is shutting down", retry_after_s=1.0
-                    )
-                )
-            with suppress(_core.StaleIdError):  # Its deadline has passed meanwhile.
-                self._apply(self._yard.cancel(ticket, self._now_ns()))
-        if self._timer is not None:
-            self._timer.cancel()
-        for handle in self._handles.values():
-            self._transfers.stop_load(handle)
-        return await self._transfers.settle(timeout_s)
+        self._tickets.close()
+        return await self._actions.end(timeout_s)
 
-    # --- Actions ------------------------------------------------------------------------------
+    # --- What the parts share -----------------------------------------------------------------
 
-    def _apply(self, actions: list[_Action] | None, *, asked: int = 0) -> None:
-        """Carries actions out, in order; those that come of carrying one out after the others.
-
-        Args:
-            actions: of one event.
-            asked: the core's id for the model, if the event was an operator's asking for one.
-        """
-        self._teller.tell(asked=asked)
-        if not actions:
-            return
-        self._todo.extend(actions)
-        if self._carrying_out:
-            return
-        self._carrying_out = True
-        try:
-            while self._todo:
-                self._carry_out(self._todo.popleft())
-        finally:
-            self._carrying_out = False
-
-    def _carry_out(self, action: _Action) -> None:
-        match action:
-            case _core.Grant():
-                self._grant(action)
-            case _core.Refuse():
-                self._refuse(action)
-            case _core.Load():
-                handle = self._handles[action.model]
-                self._transfers.load(handle, handle.ways[action.placement].target)
-            case _core.CancelLoad():
-                self._transfers.stop_load(self._handles[action.model])
-            case _core.Drain():
-                logger.debug("draining %s", self._handles[action.model].name)
-                for told in self._drain_watchers:
-                    told.set()
-            case _core.Unload():
-                del self._targets[action.model]
-                handle = self._handles[action.model]
-                # Who stops makes no copies any more: nobody would load from them.
-                keep = action.keep and not self._closing
-                self._transfers.unload(handle, keep=keep, most_bytes=action.most)
-            case _core.DropCopy():
-                self._transfers.drop_copy(self._handles[action.model])
-            case _core.WakeAt():
-                self._wake_at(action.at_ns)
-            case _:
-                assert_never(action)
-
-    def _grant(self, grant: _core.Grant) -> None:
-        future = self._tickets.pop(grant.ticket, None)
-        if future is None or future.done():
-            self._release(grant.lease)
-        else:
-            future.set_result(grant.lease)
-
-    def _refuse(self, refuse: _core.Refuse) -> None:
-        future = self._tickets.pop(refuse.ticket, None)
-        if future is not None and not future.done():
-            future.set_exception(
-                refusal_of(refuse, device_names=self._device_names, name_of=self._teller.name_of)
-            )
-
-    def _set_aside(self, lease_id: int) -> None:
-        self._yard.set_aside(lease_id)
-
-    def _release(self, lease_id: int) -> None:
-        actions = self._yard.release(lease_id, self._now_ns())
-        if actions:
-            self._apply(actions)
-
-    def _give_back(self, future: asyncio.Future[int]) -> None:
-        if not future.cancelled() and future.exception() is None:
-            self._release(future.result())
-
-    def _wake_at(self, at_ns: int) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._closing:
-            return
-        delay_s = max(0, at_ns - self._now_ns()) * 1e-9
-        # In a context of its own: what time brings about is not the doing of whoever set the timer.
-        self._timer = asyncio.get_running_loop().call_later(
-            delay_s, self._tick, context=contextvars.Context()
-        )
-
-    def _tick(self) -> None:
-        self._timer = None
-        self._apply(self._yard.tick(self._now_ns()))
-
-    # --- What became of transfers (see Outcomes) --------------------------------------------------
-
-    def repriced(self, handle: ModelHandle, ways: Sequence[PlacedAs]) -> None:
-        """See Outcomes."""
-        self.set_ways(handle, ways)
-
-    def loaded(self, handle: ModelHandle, target: Target, loaded: Loaded, took_s: float) -> None:
-        """See Outcomes."""
-        core_id = handle.core_id
-        self._targets[core_id] = target
-        own_bytes, source = dict(loaded.own_bytes), _core.Source[loaded.source.name]
-        now_ns = self._now_ns()
-        self._recent_loads.note(now_ns, took_s)
-        self._apply(self._yard.load_done(core_id, now_ns, own_bytes, took_s, source))
-        self._settle(handle)
-
-    def load_failed(self, handle: ModelHandle, failure: _core.LoadFailure) -> None:
-        """See Outcomes."""
-        self._apply(self._yard.load_failed(handle.core_id, self._now_ns(), failure))
-        self._settle(handle)
-        self._forget_if_gone(handle)
-
-    def unloaded(self, handle: ModelHandle, unloaded: Unloaded) -> Mapping[int, int]:
-        """See Outcomes."""
-        freed = unloaded.freed
-        held = self._yard.held_with_shares(handle.core_id)
-        alone = self._yard.exclusive(handle.core_id)
-        missing = {
-            # What others hold as well is theirs to give back.
-            device: min(alone.get(device, 0), size - freed.get(device, 0))
-            for device, size in held.items()
-            if size > freed.get(device, 0) and alone.get(device, 0)
-        }
-        back = {device: size - missing.get(device, 0) for device, size in alone.items()}
-        is_kept = unloaded.refused_bytes is None
-        copy_bytes = unloaded.kept_bytes if is_kept else unloaded.refused_bytes
-        self._apply(
-            self._yard.unload_done(
-                handle.core_id, self._now_ns(), back, copy_bytes, unloaded.keep_s, is_kept
-            )
-        )
-        self._settle(handle)
-        self._forget_if_gone(handle)
-        return missing
-
-    def reclaimed(self, handle: ModelHandle, back: Mapping[int, int]) -> None:
-        """See Outcomes."""
-        lost = self.use(handle).quarantined
-        # Of what others held as well nothing was lost.
-        found = {device: min(size, lost[device]) for device, size in back.items() if device in lost}
-        self._apply(self._yard.reclaimed(handle.core_id, self._now_ns(), found))
-        self.journal.changed(handle.name)
-        self._forget_if_gone(handle)
-
-    def is_short(self, handle: ModelHandle) -> bool:
-        """See Outcomes."""
-        return bool(self.use(handle).quarantined)
-
-    def copy_in_use(self, handle: ModelHandle) -> int:
-        """See Outcomes."""
-        core_id = handle.core_id
-        self._apply(self._yard.copy_in_use(core_id, self._now_ns()))
-        self.journal.changed(handle.name)
-        self._settle(handle)
-        return self._yard.copy_exclusive(core_id)
-
-    def copy_dropped(self, handle: ModelHandle) -> None:
-        """See Outcomes."""
-        core_id = handle.core_id
-        freed = self._yard.copy_exclusive(core_id)
-        self._apply(self._yard.copy_dropped(core_id, self._now_ns(), freed))
-        self.journal.changed(handle.name)
-        self._settle(handle)
-        self._forget_if_gone(handle)
-
-    def _settle(self, handle: ModelHandle) -> None:
-        waiters, handle._settled = handle._settled, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+    def _carry_out(self, actions: list[_Action] | None, *, asked: int = 0) -> None:
+        self._actions.carry_out(actions, asked=asked)
 
     def _forget_if_gone(self, handle: ModelHandle) -> None:
+        """Drops what is known of a model, if the yard does not know it any more."""
         if self._yard.entry(handle.core_id) is None:
             self._handles.pop(handle.core_id, None)
             self._shared.drop(handle.core_id)

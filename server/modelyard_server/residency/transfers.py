@@ -54,8 +54,12 @@ class Outcomes(Protocol):
     def copy_dropped(self, handle: ModelHandle) -> None:
         """The memory of the copy that a model had is back."""
 
-    def reclaimed(self, handle: ModelHandle, back: Mapping[int, int]) -> None:
-        """Memory that was missing is back after all."""
+    def reclaimed(self, handle: ModelHandle, back: Mapping[int, int]) -> int:
+        """Memory that unloads of a model could not get back is back after all; see Engine.recheck.
+
+        Returns:
+            How many bytes are quarantined no more.
+        """
 
     def is_short(self, handle: ModelHandle) -> bool:
         """True while a model's memory is missing on a device."""
@@ -87,6 +91,8 @@ class Transfers:
 
     def load(self, handle: ModelHandle, target: Target) -> None:
         """Begins a load."""
+        # Here and not in its task: it may be told to stop before that has begun.
+        handle.load_stopped = False
         self._start(self._tasks, self._load(handle, target), f"load {handle.name}")
 
     def stop_load(self, handle: ModelHandle) -> None:
@@ -132,7 +138,7 @@ class Transfers:
     async def _load(self, handle: ModelHandle, target: Target) -> None:
         loop = asyncio.get_running_loop()
         handle.load_started = began = loop.time()
-        handle.load_stopped = self._closing
+        handle.load_stopped = handle.load_stopped or self._closing
         try:
             if handle.barred_text:
                 raise ModelFilesError(handle.barred_text)
@@ -208,7 +214,8 @@ class Transfers:
                 self._device_names[device],
             )
         if missing and not self._closing:
-            self._start(self._rechecks, self._recheck(handle), f"recheck {handle.name}")
+            recheck = self._recheck(handle, self._unloaded)
+            self._start(self._rechecks, recheck, f"recheck {handle.name}")
 
     async def _drop_copy(self, handle: ModelHandle) -> None:
         # It stays on the books as it is until it is back. To give it up, and say what is missing,
@@ -236,20 +243,21 @@ class Transfers:
                 self._outcomes.copy_dropped(handle)
                 return
 
-    async def _recheck(self, handle: ModelHandle) -> None:
+    async def _recheck(self, handle: ModelHandle, unloaded: asyncio.Event) -> None:
         attempt = 0
         while self._outcomes.is_short(handle):
             try:
                 async with asyncio.timeout(_RECHECK_S[min(attempt, len(_RECHECK_S) - 1)]):
                     # It may be in an allocation that another model keeps: then it is back with that
                     # one, and a load may be waiting for it.
-                    await self._unloaded.wait()
+                    await unloaded.wait()
             except TimeoutError:
                 attempt += 1
+            # Before it is looked for: an unload that ends meanwhile may not have been seen.
+            unloaded = self._unloaded
             back = await self._engine.recheck(handle.core_id)
-            if back:
-                logger.info("%d quarantined bytes of %s are back", sum(back.values()), handle.name)
-                self._outcomes.reclaimed(handle, back)
+            if back and (freed := self._outcomes.reclaimed(handle, back)):
+                logger.info("%d quarantined bytes of %s are back", freed, handle.name)
 
 
 def _log_defect(task: asyncio.Task[None]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from modelyard_server import _core
 from modelyard_server.devices.placed import PlacedAs
+from modelyard_server.residency.losses import Losses
 from modelyard_server.runtimes.api import ModelSpec, Price
 
 __all__ = [
@@ -92,11 +93,13 @@ class ModelHandle:
         successor: the handle that took its place, once one has.
         loads_before: loads of the handles whose place it took.
         evictions_before: evictions of those.
+        file_load_s: what loads from files take, as of the last one; None before the first.
         load_started: set while it is being loaded: the loop's time when that began, in seconds.
         load_stopped: its load was told to stop.
         failure_text: why its last load failed, while it is FAILED.
         barred_text: why it is not to be loaded any more; empty if it may be.
         finished_runs: requests it has answered; what speaks for it when a worker dies.
+        losses: what its unloads could not get back.
     """
 
     name: str
@@ -108,11 +111,13 @@ class ModelHandle:
     successor: ModelHandle | None = None
     loads_before: int = 0
     evictions_before: int = 0
+    file_load_s: float | None = None
     load_started: float | None = None
     load_stopped: bool = False
     failure_text: str = ""
     barred_text: str = ""
     finished_runs: int = 0
+    losses: Losses = field(default_factory=Losses)
     _settled: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
@@ -129,6 +134,7 @@ class ModelUse:
         charges: all it holds.
         shared: what of that other models hold as well.
         load_duration_s: what its next load is expected to take; None before the first.
+        file_load_duration_s: the same, were there no copy of it.
         copy_state: where its copy on the host tier stands.
         copy_bytes: what comes back when that copy is dropped.
         copy_in_use: it is being dropped, and somebody is still in its memory.
@@ -149,6 +155,7 @@ class ModelUse:
     failure_transient: bool
     failure_count: int
     retry_in_s: float
+    file_load_duration_s: float | None = None
     copy_state: _core.CopyState = CopyState.NONE
     copy_bytes: int = 0
     copy_in_use: bool = False

@@ -7,10 +7,13 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 
 from modelyard.v1 import admin_service_pb2 as pb
+from modelyard_server.config.storage import MAX_KEEP_S
+from modelyard_server.errors import Reason, Refusal, Violation
 from modelyard_server.execution.engine import Engine
 from modelyard_server.execution.figures import LaneFigures
 from modelyard_server.observability.process import (
@@ -20,9 +23,12 @@ from modelyard_server.observability.process import (
 )
 from modelyard_server.residency.shell import Residency
 from modelyard_server.residency.values import Departures, TierUse
+from modelyard_server.runtimes.api import ModelFilesError
+from modelyard_server.services.handler import invalid
 from modelyard_server.services.inference import InferenceFigures
 from modelyard_server.services.shadows import ShadowFigures
 from modelyard_server.transport.api import Call
+from modelyard_server.weights.store_keeper import StoreFigures, StoreKeeper
 
 __all__ = ["AdminService"]
 
@@ -38,12 +44,14 @@ class AdminService:
     def __init__(
         self,
         *,
+        store: StoreKeeper | None = None,
         residency: Residency,
         engine: Engine,
         figures: InferenceFigures,
         shadows: ShadowFigures,
         runtimes: Sequence[str],
     ) -> None:
+        self._store = store
         self._residency = residency
         self._engine = engine
         self._figures = figures
@@ -100,7 +108,48 @@ class AdminService:
         tier = self._residency.tier_use()
         if tier is not None:
             response.host_tier.CopyFrom(_tier_message(tier, self._engine.copies.measured_bytes))
+        if self._store is not None:
+            response.store.CopyFrom(_store_message(self._store.figures))
         return response
+
+    async def collect_store(
+        self, request: pb.CollectStoreRequest, call: Call
+    ) -> pb.CollectStoreResponse:
+        """See AdminService.CollectStore."""
+        keep_s = None
+        if request.HasField("keep_duration"):
+            keep_s = request.keep_duration.seconds + request.keep_duration.nanos / 1e9
+            if not 0 <= keep_s <= MAX_KEEP_S:
+                raise invalid(Violation("keep_duration", f"must be 0 to {MAX_KEEP_S} seconds"))
+        if self._store is None:
+            return pb.CollectStoreResponse()
+        try:
+            found = await self._store.collect(keep_s=keep_s, validate_only=request.validate_only)
+        except ModelFilesError as error:
+            raise Refusal(
+                Reason.LOAD_FAILED, error.text, transient=True, retry_after_s=1.0
+            ) from None
+        return pb.CollectStoreResponse(
+            freed_bytes=found.freed_bytes,
+            freed_count=found.freed_count,
+            store=_store_message(replace(self._store.figures, last=found)),
+        )
+
+
+def _store_message(figures: StoreFigures) -> pb.StoreFigures:
+    last = figures.last
+    message = pb.StoreFigures(
+        stored_bytes=last.stored_bytes,
+        model_count=last.model_count,
+        unused_bytes=last.unused_bytes,
+        unused_count=last.unused_count,
+        freed_bytes=figures.freed_bytes,
+        freed_count=figures.freed_count,
+        obstacle=last.obstacle,
+    )
+    if last.due_at_s is not None:
+        message.due_time.FromNanoseconds(int(last.due_at_s * 1e9))
+    return message
 
 
 def _departures_message(departures: Departures) -> pb.Departures:

@@ -14,7 +14,7 @@ from modelyard_server.catalog.catalog import Catalog
 from modelyard_server.catalog.model import Model
 from modelyard_server.errors import QuotaViolation, Reason, Refusal
 from modelyard_server.residency.shell import Residency
-from modelyard_server.residency.values import CopyState, State
+from modelyard_server.residency.values import State
 from modelyard_server.services.request_log import RequestFacts, RequestLog
 from modelyard_server.transport.api import Call
 
@@ -113,11 +113,7 @@ class RecordingService:
             size_bytes = sum(use.charges.values())
         else:
             size_bytes = model.estimated_bytes if before is None else before.size_bytes
-        load_s = use.load_duration_s
-        if use.copy_state is CopyState.KEPT and before is not None and before.load_s is not None:
-            # The next load will be from the copy. What one from files takes is what was told last.
-            load_s = before.load_s
-        return _Told(size_bytes, load_s, use.copy_duration_s)
+        return _Told(size_bytes, use.file_load_duration_s, use.copy_duration_s)
 
     def _request_message(self, facts: RequestFacts) -> pb.RecordedRequest:
         message = pb.RecordedRequest(

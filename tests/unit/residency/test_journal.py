@@ -402,6 +402,12 @@ def test_the_budget_of_the_host_tier_is_a_budget_like_others() -> None:
             None,
             "evicted, because devices/cpu is drained",
         ),
+        (
+            {"why": "DEVICE_BEHIND", "device": 1},
+            "devices/x",
+            None,
+            "evicted, because devices/x is behind with its work and others are not",
+        ),
         ({"why": "OPERATOR"}, "operator", None, "evicted, because an operator asked for it"),
         ({"why": "REMOVED"}, "operator", None, "evicted, because the model was deleted"),
         ({}, "", None, "evicted"),
