@@ -6,7 +6,8 @@ Imports torch only where weights are held, so that a server of models without to
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -50,15 +51,22 @@ class ModelWeights:
         self._pool = pool
         self._lock = threading.Lock()
 
-    def find(self, spec: ModelSpec, *, stop: StopCheck = lambda: False) -> StoredModel:
+    @contextmanager
+    def found(self, spec: ModelSpec, *, stop: StopCheck = lambda: False) -> Iterator[StoredModel]:
         """The files of a model; from the store, if there is one, which takes it in first.
+
+        They stay where they are until the end of the block. What is mapped then stays for good.
 
         Raises:
             ModelFilesError: it has none, or they are damaged.
             LoadCancelled: stop said so.
         """
         folder = folder_of(spec)
-        return in_place(folder) if self._store is None else self._store.take(folder, stop=stop)
+        if self._store is None:
+            yield in_place(folder)
+            return
+        with self._store.leased(folder, stop=stop) as stored:
+            yield stored
 
     @property
     def pool(self) -> WeightPool:

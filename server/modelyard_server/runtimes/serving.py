@@ -46,5 +46,5 @@ def make_serving_runtimes(
             arena_bytes=arena_bytes, write_protected=write_protected, host_mode=ReadMode(read)
         )
 
-    store = None if store_folder is None else WeightStore.open(Path(store_folder))
+    store = None if store_folder is None else WeightStore.open(Path(store_folder), leasing=True)
     return make_runtimes(allowed_factories, store=store, pool=make_pool, predicts_runs=True)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from modelyard_server.weights.holding import WeightPool
     from modelyard_server.weights.storages import Spread
     from modelyard_server.weights.store import WeightStore
+    from modelyard_server.weights.stored import StoredModel
     from modelyard_server.weights.templates import ModuleTemplate
 
 __all__ = ["TorchRuntime"]
@@ -161,7 +162,9 @@ class TorchRuntime(Runtime):
     def price(self, spec: ModelSpec) -> Price:
         """Says what a load takes: the weights as they are filed, and computed buffers."""
         try:
-            return self._plan(spec, self._read_options(spec)).price
+            options = self._read_options(spec)
+            with self._weights.found(spec) as stored:
+                return self._plan(stored, options).price
         except BaseException as error:
             forget_frames(error)
             raise
@@ -189,7 +192,9 @@ class TorchRuntime(Runtime):
     def load(self, spec: ModelSpec, *, place: Place, stop: StopCheck) -> LoadedModel:
         """Maps the weights, builds the module, binds them to it and moves it to its devices."""
         try:
-            return self._load(spec, place, stop)
+            options = self._read_options(spec)
+            with self._weights.found(spec, stop=stop) as stored:
+                return self._load(stored, options, place, stop)
         except BaseException as error:
             forget_frames(error)
             raise
@@ -217,13 +222,10 @@ class TorchRuntime(Runtime):
             most_rows=(batch_size or _DEFAULT_BATCH_SIZE) if batch else None,
         )
 
-    def _plan(
-        self, spec: ModelSpec, options: _Options, *, stop: StopCheck = lambda: False
-    ) -> _Plan:
+    def _plan(self, stored: StoredModel, options: _Options) -> _Plan:
         from modelyard_server.runtimes.filling import Filling, shared_of
         from modelyard_server.runtimes.torch_layouts import compare, structure_of
 
-        stored = self._weights.find(spec, stop=stop)
         content = (content_key(stored), options.key)
         plan = self._plans.get(content)
         if plan is not None and (not stored.digest or plan.filling.stored is stored):
@@ -260,11 +262,12 @@ class TorchRuntime(Runtime):
             self._layouts.put(options.key, layout)
         return layout
 
-    def _load(self, spec: ModelSpec, place: Place, stop: StopCheck) -> LoadedModel:
+    def _load(
+        self, stored: StoredModel, options: _Options, place: Place, stop: StopCheck
+    ) -> LoadedModel:
         from modelyard_server.runtimes.filling import clone, map_filling, settle
 
-        options = self._read_options(spec)
-        plan = self._plan(spec, options, stop=stop)
+        plan = self._plan(stored, options)
         filling, origin = plan.filling, NOWHERE
         _check_stop(stop)
         known, template = self._templates.find(plan.key)

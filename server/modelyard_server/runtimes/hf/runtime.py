@@ -180,7 +180,8 @@ class TransformersRuntime(Runtime):
     def price(self, spec: ModelSpec) -> Price:
         """Says what a load takes, from config.json and the headers of the weights."""
         try:
-            plan = self._plan(spec)
+            with self._weights.found(spec) as stored:
+                plan = self._plan(spec, stored)
             price = plan.pricing.price
             if not self._predicts_runs:
                 return price
@@ -206,14 +207,16 @@ class TransformersRuntime(Runtime):
     def load(self, spec: ModelSpec, *, place: Place, stop: StopCheck) -> LoadedModel:
         """Maps the weights, builds the model over them and moves its parts to their devices."""
         try:
-            return self._load(spec, place, stop)
+            options = _read_options(spec)
+            _check_stop(stop)
+            with self._weights.found(spec, stop=stop) as stored:
+                return self._load(self._plan(spec, stored), spec, options, place, stop)
         except BaseException as error:
             # A load that failed half way holds a model half way; its error must not.
             forget_frames(error)
             raise
 
-    def _plan(self, spec: ModelSpec, *, stop: StopCheck = lambda: False) -> Plan:
-        stored = self._weights.find(spec, stop=stop)
+    def _plan(self, spec: ModelSpec, stored: StoredModel) -> Plan:
         config = None if stored.digest else read_model_config(stored.folder)
         # Of a folder that is read in place nothing stands for its configuration but the file.
         content = (content_key(stored), config.digest if config is not None else "", spec.task)
@@ -285,10 +288,9 @@ class TransformersRuntime(Runtime):
             logger.info("what runs of a %s take is not known (%s)", name, type(error).__name__)
             return None
 
-    def _load(self, spec: ModelSpec, place: Place, stop: StopCheck) -> LoadedModel:
-        options = _read_options(spec)
-        _check_stop(stop)
-        plan = self._plan(spec, stop=stop)
+    def _load(
+        self, plan: Plan, spec: ModelSpec, options: _Options, place: Place, stop: StopCheck
+    ) -> LoadedModel:
         _check_stop(stop)
         module, spread, held = self._loader.load(plan, place, stop)
         try:

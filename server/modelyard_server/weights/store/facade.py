@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -13,6 +14,7 @@ from typing import Self
 from modelyard_server.runtimes.api import ModelFilesError, StopCheck
 from modelyard_server.weights.model_files import FolderLike, opened_folder
 from modelyard_server.weights.safetensors_files import Checkpoint, FileHeader, read_checkpoint
+from modelyard_server.weights.store.collecting import running_servers
 from modelyard_server.weights.store.flights import SingleFlight
 from modelyard_server.weights.store.imports import Known, Source, read_source, write_model
 from modelyard_server.weights.store.index import Index, Sighting
@@ -81,17 +83,22 @@ class WeightStore:
         self._headers: Recent[FileHeader, FileHeader] = Recent(_MAX_REMEMBERED)
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path, *, leasing: bool = False) -> Self:
         """Opens a store, or makes one in a folder that is missing or empty.
 
         What servers that died have left half written is removed. Several servers may have the same
         store open.
 
+        Args:
+            folder: of the store.
+            leasing: what is read of it is read inside of `leased`; else nobody may remove anything
+                as long as it is open.
+
         Raises:
             StoreError: the folder cannot be used.
         """
         layout = open_layout(folder.absolute())
-        locks = StoreLocks(layout)
+        locks = StoreLocks(layout, leasing=leasing)
         with locks.trying_to_write() as alone:
             if alone:
                 layout.sweep()
@@ -130,6 +137,25 @@ class WeightStore:
             if taken is not None:
                 return taken
 
+    @contextmanager
+    def leased(self, folder: FolderLike, *, stop: StopCheck = _never) -> Iterator[StoredModel]:
+        """Takes a model and holds its files: until the end of the block nobody removes them.
+
+        What has been mapped by then stays mapped.
+
+        Args, Raises: as `take`.
+        """
+        while True:
+            stored = self.take(folder, stop=stop)
+            with store_writes():
+                held = ExitStack()
+                held.enter_context(self._locks.reading(stored.digest, stop))
+            with held:
+                # Else it was removed before it was held.
+                if self._is_there(stored):
+                    yield stored
+                    return
+
     def usage(self) -> StoreUsage:
         """Says what the store holds. Looks at all of its files."""
         models = set(self._digests())
@@ -146,7 +172,7 @@ class WeightStore:
         )
 
     def collect(self, keep: Collection[str]) -> int:
-        """Removes all models but some, and the packs that none of those needs.
+        """Removes all models but some, and the packs that none of those needs; see Collector, too.
 
         A pack of which one tensor is needed stays as a whole. What is loaded stays loaded, but what
         is removed cannot be loaded from what `take` gave before: it is to be taken again.
@@ -161,7 +187,7 @@ class WeightStore:
             ModelFilesError: the store's disk is broken.
         """
         with self._locks.alone() as alone:
-            if not alone:
+            if not alone or any(True for _ in running_servers(self._layout, sole=False)):
                 return 0
             with store_writes():
                 before = allocated_bytes(self._layout.root)

@@ -46,7 +46,11 @@ class Index:
 
     def read(self, source: FolderLike) -> Sighting | None:
         """What is known of a source."""
-        return _read(self._path(source))
+        return self.read_named(self.name(source))
+
+    def read_named(self, name: str) -> Sighting | None:
+        """What is known of a source, by the name of its entry."""
+        return _read(self._layout.index / name)
 
     def write(self, source: FolderLike, sighting: Sighting) -> None:
         """Remembers a source, if the disk allows. Only for who holds the lock for writing."""
@@ -58,7 +62,7 @@ class Index:
         new = self._layout.new_path()
         try:
             new.write_text(json.dumps(value, separators=(",", ":")))
-            new.replace(self._path(source))
+            new.replace(self._layout.index / self.name(source))
         except OSError:
             # The model itself is in the store; it is only read again by the next server.
             with contextlib.suppress(OSError):
@@ -69,11 +73,13 @@ class Index:
         for path in sorted(self._layout.index.iterdir()):
             yield path, _read(path)
 
-    def _path(self, source: FolderLike) -> Path:
+    @staticmethod
+    def name(source: FolderLike) -> str:
+        """Name of a source's entry."""
         root, parts = (source, ()) if isinstance(source, Path) else (source.root, source.parts)
         text = json.dumps([os.fspath(root.absolute()), *parts])
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        return self._layout.index / f"{digest}{_SUFFIX}"
+        return f"{digest}{_SUFFIX}"
 
 
 def _read(path: Path) -> Sighting | None:

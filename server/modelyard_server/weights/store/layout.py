@@ -30,7 +30,12 @@ __all__ = [
 
 FORMAT = 1
 _FORMAT_FILE = "store.json"
-_OURS = frozenset({"packs", "models", "index", "tmp", "users.lock", "write.lock", "lost+found"})
+_OURS = frozenset(
+    {
+        *("packs", "models", "index", "tmp", "servers", "unused.json", "lost+found"),
+        *("users.lock", "write.lock", "readers.lock"),
+    }
+)
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _SLACK_BYTES = 1 << 20
 """Left free beside what an import needs: the file system takes some for itself."""
@@ -74,6 +79,16 @@ class Layout:
         """What is being written."""
         return self.root / "tmp"
 
+    @property
+    def servers(self) -> Path:
+        """One file a running server: which sources it has registered."""
+        return self.root / "servers"
+
+    @property
+    def unused(self) -> Path:
+        """Since when nobody uses what is there."""
+        return self.root / "unused.json"
+
     def new_path(self) -> Path:
         """A name in `temporary` that nothing has."""
         return self.temporary / uuid.uuid4().hex
@@ -107,7 +122,8 @@ def open_layout(root: Path) -> Layout:
             )
         _check_format(root)
         layout = Layout(root)
-        for folder in (layout.packs, layout.models, layout.index, layout.temporary):
+        folders = (layout.packs, layout.models, layout.index, layout.temporary, layout.servers)
+        for folder in folders:
             folder.mkdir(mode=0o700, exist_ok=True)
         # The one way to know that it is writable: permissions do not tell of read-only mounts.
         probe = layout.new_path()
