@@ -17,8 +17,10 @@ The rule, in its order:
                 model's jobs run is the model's own matter: no other model waits longer for it.
     clients     Among the jobs of a model, the client goes first that has had the least rows; each
                 client's own go in order. A client that comes new is level with the one that had
-                least, so that nobody saves up turns. A job that has been passed over too often goes
-                first: clients are what they say they are, and new names must not hold up old ones.
+                least, so that nobody saves up turns. One that comes back has had what it had: who
+                asks one at a time leaves the line each time, and would never be behind. A job that
+                has been passed over too often goes first: clients are what they say they are, and
+                new names must not hold up old ones.
     company     The first job takes others along that have an equal key, within the limits. One that
                 would not fit is left for later, and the next is looked at.
     padding     Rows are padded to the longest. A request joins if that padding costs no more than
@@ -42,10 +44,14 @@ from typing import Final, Generic, TypeVar
 
 from modelyard_server.runtimes.api import Prepared
 
-__all__ = ["PATIENCE", "BatchLimits", "Ended", "Line", "Taken"]
+__all__ = ["MOST_GONE", "PATIENCE", "BatchLimits", "Ended", "Line", "Taken"]
 
 PATIENCE: Final = 16
 """How many batches of its model may pass over a job that was there before some of theirs."""
+
+MOST_GONE: Final = 1024
+"""Clients without a job in line of which each model remembers what they have had; up to twice as
+many for a while. Names cost nothing."""
 
 _MOST_REMEMBERED: Final = 4096
 """Models of which is remembered what their runs take."""
@@ -222,13 +228,16 @@ class _Group(Generic[J]):
         self.used_places = 0
         self._waiting: dict[str, deque[_Entry[J]]] = {}
         self._had_rows: dict[str, int] = {}
+        # Of those who have no job in line, in the order in which they left it.
+        self._gone_had_rows: dict[str, int] = {}
 
     def add(self, entry: _Entry[J], client: str) -> None:
         """Puts a job behind the others of its client."""
         waiting = self._waiting.get(client)
         if waiting is None:
             waiting = self._waiting[client] = deque()
-            self._had_rows[client] = min(self._had_rows.values(), default=0)
+            had_rows = self._gone_had_rows.pop(client, 0)
+            self._had_rows[client] = max(had_rows, self._least_had_rows)
         waiting.append(entry)
         self.count += 1
 
@@ -268,9 +277,13 @@ class _Group(Generic[J]):
         for client, entry in reversed(aside):
             self._waiting[client].appendleft(entry)
         self.count -= len(taken.batch) + len(taken.ended)
-        self._forget_those_without_jobs()
+        self._set_aside_those_without_jobs()
         self._note_passed(newest)
         return taken
+
+    @property
+    def _least_had_rows(self) -> int:
+        return min(self._had_rows.values(), default=0)
 
     def _put_first(self, turns: list[tuple[int, int, str]]) -> None:
         """Gives the first turn to the client of the oldest job, if that has waited its share."""
@@ -288,10 +301,16 @@ class _Group(Generic[J]):
         if oldest.number < newest:
             oldest.passes += 1
 
-    def _forget_those_without_jobs(self) -> None:
+    def _set_aside_those_without_jobs(self) -> None:
+        gone = self._gone_had_rows
         for client in [client for client, waiting in self._waiting.items() if not waiting]:
             del self._waiting[client]
-            del self._had_rows[client]
+            gone[client] = self._had_rows.pop(client)
+        if len(gone) > 2 * MOST_GONE:
+            # Whoever has had no more than the least comes back level with it anyway.
+            least = self._least_had_rows
+            ahead = [(client, rows) for client, rows in gone.items() if rows > least]
+            self._gone_had_rows = dict(ahead[-MOST_GONE:])
 
 
 class _Size:

@@ -251,7 +251,8 @@ class Engine(Protocol):
         """Looks again at what unloads could not get back.
 
         Returns:
-            Bytes that are back since, by position of the device; empty if none are.
+            Bytes that are back since, by position of the device; empty if none are. Those that
+            others held as well are among them, and of which of its unloads they are is not said.
         """
 
     def run(

@@ -183,7 +183,9 @@ class _Worker:
         elif op == "ping":
             self._channel.send({"op": "pong", "number": message["number"]})
         elif op == "cancel":
-            self._engine.cancel_load(message["model"])
+            # Behind the load that it is for: that one's task may have been made in this same turn
+            # of the loop, and the engine knows of no load before its task has begun.
+            asyncio.get_running_loop().call_soon(self._engine.cancel_load, message["model"])
         else:
             self._start_call(op, message)
 
