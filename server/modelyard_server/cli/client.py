@@ -30,6 +30,7 @@ from modelyard_server.cli.printing import (
     shadow_rows,
     short_name,
     size,
+    store_rows,
     tier_rows,
 )
 
@@ -181,6 +182,7 @@ def _stats(
             ["  at most", size(stats.peak_process_resident_bytes)],
             ["memory of workers", size(stats.worker_resident_bytes)],
             *([] if stats.host_tier is None else tier_rows(stats.host_tier)),
+            *([] if stats.store is None else store_rows(stats.store)),
         ],
     )
 

@@ -17,6 +17,7 @@ from modelyard_server.cli import (
     residencies,
     routes,
     simulate,
+    store,
     watch,
 )
 
@@ -87,6 +88,7 @@ models.register(app)
 routes.register(app)
 residencies.register(app)
 watch.register(app)
+store.register(app)
 config.register(app)
 record.register(app)
 simulate.register(app)

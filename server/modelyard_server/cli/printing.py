@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Regret,
         Residency,
         ShadowFigures,
+        StoreFigures,
     )
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "short_name",
     "show_residency",
     "size",
+    "store_rows",
     "tier_rows",
 ]
 
@@ -172,11 +174,26 @@ _CAUSES: Final = MappingProxyType(
         "MODEL": "to make room for a model",
         "BUDGET": "over a budget",
         "DEVICE_DRAINED": "off a drained device",
+        "DEVICE_BEHIND": "off a device behind with its work",
         "OPERATOR": "unloaded by hand",
         "REMOVED": "deleted or replaced",
         "LOST": "lost with their process",
     }
 )
+
+
+def store_rows(store: StoreFigures) -> list[list[str]]:
+    """Return the rows about a weight store in a table of figures."""
+    rows = [
+        ["weight store", f"{size(store.stored_bytes)} in {store.model_count} models"],
+        ["  used by nobody", f"{size(store.unused_bytes)} in {store.unused_count} models"],
+        ["  given back", f"{size(store.freed_bytes)} in {store.freed_count} models"],
+    ]
+    if store.due_at is not None:
+        rows.insert(2, ["  kept until", store.due_at.astimezone().isoformat(timespec="seconds")])
+    if store.obstacle:
+        rows.append(["  gives nothing back", store.obstacle])
+    return rows
 
 
 def regret_row(regret: Regret) -> list[str]:

@@ -25,14 +25,20 @@ if TYPE_CHECKING:
     from modelyard import RecordedModel, RecordedRequest, RequestRecords, RequestWatch
     from modelyard_server.simulation.request_logs import RequestLogWriter
 
-__all__ = ["parse_duration", "register"]
+__all__ = ["Recorder", "parse_duration", "register"]
 
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)?")
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600}
 _LONGEST_S: Final = 30 * 86400.0
 
 _WANTED: Final = frozenset(
-    {"BUDGET_EXHAUSTED", "DEADLINE_IN_LOAD", "DEADLINE_IN_QUEUE", "QUEUE_FULL"}
+    {
+        "BUDGET_EXHAUSTED",
+        "DEADLINE_IN_LOAD",
+        "DEADLINE_IN_QUEUE",
+        "DEADLINE_UNREACHABLE",
+        "QUEUE_FULL",
+    }
 )
 """Refusals of requests that wanted a model and lacked room or time; a replay finds its own."""
 
@@ -91,7 +97,7 @@ def _record(
         with admin.watch_requests(timeout_s=most_s) as watch, _Interrupts() as interrupts:
             first = interrupts.next(watch)
             with _created(file, force=force) as out:
-                recorder = _Recorder(out, most=requests)
+                recorder = Recorder(out, most=requests)
                 try:
                     if first is not None:
                         recorder.write(first)
@@ -101,7 +107,7 @@ def _record(
                     if most_s is None or time.monotonic() - began_s < most_s - 1:
                         raise  # It is the server's, not ours.
                 finally:
-                    recorder.tell(file.name, as_json)
+                    recorder.tell(_name(file), as_json)
 
 
 class _Interrupts:
@@ -137,18 +143,22 @@ class _Interrupts:
             raise KeyboardInterrupt
 
 
+def _name(file: Path) -> str:
+    return file.name or str(file)  # The second is of ".", say.
+
+
 @contextmanager
 def _created(file: Path, *, force: bool) -> Iterator[TextIO]:
     try:
         with file.open("w" if force else "x", encoding="utf-8") as out:
             yield out
     except FileExistsError:
-        raise ValueError(f"{file.name} is there already; --force writes over it") from None
+        raise ValueError(f"{_name(file)} is there already; --force writes over it") from None
     except OSError as error:
-        raise ValueError(f"{file.name} cannot be written: {error.strerror}") from None
+        raise ValueError(f"{_name(file)} cannot be written: {error.strerror}") from None
 
 
-class _Recorder:
+class Recorder:
     """Writes records to a file.
 
     Args:

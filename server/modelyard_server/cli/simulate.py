@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _DEFAULT_BUDGET: Final = "0.2"
+_REPLAYED_ORDER: Final = "urgency"
 
 
 def register(app: typer.Typer) -> None:
@@ -63,7 +64,7 @@ def _simulate(
         typer.Argument(
             metavar="TRACE",
             help="A .csv, .npz or .jsonl file, or a made-up trace: zipf:0.9, shift, loop, scan, "
-            "burst, tenants, onehit.",
+            "burst, tenants, onehit, chain.",
             show_default=False,
         ),
     ],
@@ -90,7 +91,7 @@ def _simulate(
         typer.Option(
             "--devices",
             metavar="FILE",
-            help="Budgets, policy and waiting rules of a server's TOML file.",
+            help="Budgets, host tier, policy and waiting rules of a server's TOML file.",
         ),
     ] = None,
     host_budget: Annotated[
@@ -194,7 +195,8 @@ def _exit_codes() -> Iterator[None]:
         yield
     except ConfigError as error:
         for problem in error.problems:
-            name = error.source.name if error.source is not None else "the file"
+            source = error.source
+            name = "the file" if source is None else source.name or str(source)
             print_line(f"error: {problem.describe(name)}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
     except (TraceError, PlotError, ValueError) as error:
@@ -220,6 +222,12 @@ def _studies(asked: _Asked) -> tuple[Study, list[Study]]:
     what_ifs = [parse_what_if(text) for text in asked.what_ifs]
     if asked.plot is not None:
         check_plot_path(asked.plot)
+    if asked.timed and asked.devices_file and config and config.yard.order != _REPLAYED_ORDER:
+        print_line(
+            f'order = "{config.yard.order}" of {asked.devices_file.name} is not replayed: the core '
+            f'decides as with "{_REPLAYED_ORDER}"; fifo+lru is in strict order',
+            err=True,
+        )
     trace = _trace(asked)
     machine = _machine(asked, trace, config)
     changed = [(what_if.text, what_if.applied_to(machine)) for what_if in what_ifs]
@@ -247,7 +255,7 @@ def _trace(asked: _Asked) -> Trace:
     from modelyard_server.simulation.trace_files import read_trace
 
     path = Path(asked.trace)
-    if path.exists() or (path.suffix and not is_family(asked.trace)):
+    if _is_there(path) or (path.suffix and not is_family(asked.trace)):
         if asked.model_count is not None:
             raise ValueError("--model-count is for made-up traces; this is a file")
         trace = read_trace(path, asked.models_file)
@@ -262,6 +270,13 @@ def _trace(asked: _Asked) -> Trace:
         models=asked.model_count or 300,
         seed=asked.seed,
     )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False  # A name that no file can have.
 
 
 def _no_trace(text: str) -> str:
@@ -281,13 +296,14 @@ def _machine(asked: _Asked, trace: Trace, config: Config | None) -> Machine:
         raise ValueError("--budget and --devices both say what the budgets are: give one of them")
     footprint = trace.footprint_bytes()
     texts = asked.budgets or [_DEFAULT_BUDGET]
+    host_bytes = None if asked.host_budget is None else parse_size(asked.host_budget)
     base = Machine(
         budgets=tuple(parse_budget(text, footprint) for text in texts),
-        host_budget_bytes=parse_size(asked.host_budget) if asked.host_budget else 0,
+        host_budget_bytes=host_bytes or 0,
         slots=asked.slots,
         deadline_s=asked.deadline_s,
     )
-    return base if config is None else machine_of_config(config, base)
+    return base if config is None else machine_of_config(config, base, host_bytes)
 
 
 def _print(study: Study, others: list[Study]) -> None:

@@ -2,8 +2,10 @@
 
 ``fifo+lru`` serves one queue in order: while the oldest request waits for its model, nobody behind
 it begins. ``fcfs+lru`` has a queue for each model: whoever's model is resident runs, oldest first,
-and models are loaded in the order of their oldest requests. Both evict the model that was used
-longest ago among those that no running request uses, whether requests wait for it or not.
+and models are loaded in the order of their oldest requests: who cannot be loaded yet holds up all
+younger ones. ``fcfs-each+lru`` has such a line for each device: it holds up those who want a device
+that it wants. All evict the model that was used longest ago among those that no running request
+uses, whether requests wait for it or not.
 
 A model that spans devices needs a slot on each to run and a load channel of each to be loaded; who
 waits for one holds up younger requests there.
@@ -29,7 +31,7 @@ from modelyard_server.simulation.trace import Trace
 
 __all__ = ["BASELINES", "replay_baseline"]
 
-BASELINES: Final = ("fifo+lru", "fcfs+lru")
+BASELINES: Final = ("fifo+lru", "fcfs+lru", "fcfs-each+lru")
 
 _NS: Final = 1_000_000_000
 _TELL_EVERY: Final = 4096
@@ -71,6 +73,7 @@ class _Baseline:
         self._machine = machine
         self._name = name
         self._in_order = in_order
+        self._a_line_each = name == "fcfs-each+lru"
         self._model: list[int] = trace.model.tolist()
         self._arrival_ns = nanoseconds(trace.arrival_s)
         self._run_ns = nanoseconds(trace.run_s)
@@ -170,10 +173,17 @@ class _Baseline:
         if not any(device.free_channels for device in self._devices):
             return
         absent = [m for m in self._queues if m not in self._where and m not in self._loading]
+        held_up: set[int] = set()
         for model in sorted(absent, key=lambda model: self._queues[model][0]):
-            # Who cannot be loaded yet is not overtaken by younger ones.
-            if not self._load(model, at_ns):
-                return
+            # Who cannot be loaded yet is not overtaken by younger ones: not on its own devices, or,
+            # where there is one line for all of them, nowhere.
+            places = self._places[model]
+            if all(held_up.intersection(place) for place in places) or not self._load(model, at_ns):
+                if not self._a_line_each:
+                    return
+                held_up.update(*places)
+                if len(held_up) == len(self._devices):
+                    return
 
     def _run_residents(self, at_ns: int) -> None:
         """Start the oldest request of any resident model, until there are no slots."""

@@ -35,6 +35,7 @@ __all__ = ["BoundUnavailable", "LowerBound", "lower_bound"]
 _MEBIBYTE: Final = float(1 << 20)
 _PIECE: Final = 20_000
 _MARGIN: Final = 5_000
+_ROUNDING: Final = 1e-12
 
 
 class BoundUnavailable(Exception):
@@ -93,8 +94,11 @@ def lower_bound(
     else:
         prices = _prices_in_pieces(highspy, intervals, room, time_limit_s, progress)
     saved_s = most_saved_s(intervals, room, prices)
+    # What rounding may have added goes off again: nobody may come out below the bound.
+    rounding_s = _ROUNDING * intervals.all_loaded_s
     return LowerBound(
-        load_s=max(intervals.unavoidable_s, intervals.all_loaded_s - saved_s), kept=kept
+        load_s=max(intervals.unavoidable_s, intervals.all_loaded_s - saved_s - rounding_s),
+        kept=kept,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from modelyard_server.simulation.text_lines import lines_of
 from modelyard_server.simulation.trace import (
     MOST_MODELS,
     MOST_REQUESTS,
@@ -26,6 +27,7 @@ __all__ = ["read_csv"]
 _REQUEST_COLUMNS: Final = ("time", "model", "execution_s")
 _FACT_COLUMNS: Final = ("size_bytes", "size_mb", "load_s", "host_load_s")
 _MEBIBYTE: Final = 1 << 20
+_MOST_DIGITS: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,25 +103,21 @@ def _rows(
     """Yield each line's number and cells by column; lines without anything are passed over."""
     line = 1
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            _check_header(header, needed, more, path.name)
-            for cells in reader:
-                line = reader.line_num
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    raise TraceError(
-                        f"{path.name}:{line}: {len(cells)} cells, and line 1 has "
-                        f"{len(header)} columns"
-                    )
-                stripped = map(str.strip, cells)
-                yield line, dict(zip(header, stripped, strict=True))
+        reader = csv.reader(lines_of(path), strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        _check_header(header, needed, more, path.name)
+        for cells in reader:
+            line = reader.line_num
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise TraceError(
+                    f"{path.name}:{line}: {len(cells)} cells, and line 1 has {len(header)} columns"
+                )
+            stripped = map(str.strip, cells)
+            yield line, dict(zip(header, stripped, strict=True))
     except csv.Error as error:
         raise TraceError(f"{path.name}: behind line {line}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise TraceError(f"{path.name}: is not UTF-8: {error.reason}") from None
 
 
 def _check_header(
@@ -187,8 +185,10 @@ def _number(text: str, column: str, where: str) -> float:
 
 def _whole(text: str, column: str, where: str) -> int:
     digits = text.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 30):
+    if not (digits.isascii() and digits.isdigit()):
         raise TraceError(f"{where}: {column} is {text[:40]!r}: a whole number must be there")
+    if len(digits) > _MOST_DIGITS:
+        raise TraceError(f"{where}: {column} is {text[:40]!r}: more than {_MOST_DIGITS} digits")
     return int(text)
 
 

@@ -7,6 +7,7 @@ schedule is a choice of intervals.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,7 @@ class Intervals:
     @property
     def all_loaded_s(self) -> float:
         """Seconds of loading if nothing is kept that could be left out."""
-        return self.unavoidable_s + float(self.load_s.sum())
+        return math.fsum((self.unavoidable_s, *self.load_s))
 
 
 def next_requests(trace: Trace) -> Integers:

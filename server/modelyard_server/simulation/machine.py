@@ -28,10 +28,11 @@ class Machine:
     """Devices, and how fast they are.
 
     Args:
-        budgets: bytes of each device; every model may live on any device that it fits on, and one
-            that spans several on any of so many.
+        budgets: bytes of each device; a model that names no places may live on any device that it
+            fits on, and one that spans several on any of so many.
         device_names: of each device, for people.
         host_budget_bytes: of the host tier that keeps copies; 0 for none.
+        above_tier: for each device, if copies of its models may be kept; of all if empty.
         slots: requests that run on a device at once. A serial replay has no use for it.
         loads_per_device: loads that run on a device at once. The same.
         unload_s: from an Unload until its memory is back, in seconds. The same.
@@ -39,7 +40,8 @@ class Machine:
         overdue_after_s: see ``YardConfig``.
         backoff_initial_s: see ``YardConfig``.
         backoff_max_s: see ``YardConfig``.
-        max_waiting: requests that wait for one model, and for all of them.
+        max_waiting: most requests that wait.
+        max_waiting_per_model: most that wait for one model.
 
     Raises:
         ValueError: there is no device, or a number is out of range.
@@ -48,6 +50,7 @@ class Machine:
     budgets: tuple[int, ...]
     device_names: tuple[str, ...] = ()
     host_budget_bytes: int = 0
+    above_tier: tuple[bool, ...] = ()
     slots: int = 4
     loads_per_device: int = 1
     unload_s: float = 0.02
@@ -56,6 +59,7 @@ class Machine:
     backoff_initial_s: float = 1.0
     backoff_max_s: float = 60.0
     max_waiting: int = 10_000_000
+    max_waiting_per_model: int = 10_000_000
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.budgets) <= _core.MAX_DEVICES:
@@ -65,6 +69,8 @@ class Machine:
                 raise ValueError(f"a budget is 1 to {_core.MAX_BYTES} bytes, got {budget}")
         if self.device_names and len(self.device_names) != len(self.budgets):
             raise ValueError("there must be a name for each device, or none at all")
+        if self.above_tier and len(self.above_tier) != len(self.budgets):
+            raise ValueError("it must be said of each device if it is above the tier, or of none")
         if self.slots < 1 or self.loads_per_device < 1:
             raise ValueError("a device has at least one slot and one load channel")
         if not 0 <= self.unload_s <= 3600:
@@ -121,8 +127,11 @@ class BoundYard:
 def places_of(model: TracedModel, budgets: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Return where a model may live: for each placement the devices that it is on at once.
 
-    Of a model that spans several there are at most sixteen, the first in the order of devices.
+    Those that the model names; else, of one that spans several devices, at most sixteen, the first
+    in the order of devices.
     """
+    if model.places:
+        return model.places
     count, part_bytes = model.parts(len(budgets))
     fitting = [d for d, budget in enumerate(budgets) if part_bytes <= budget]
     return tuple(islice(combinations(fitting, count), _MOST_PLACES if count > 1 else None))
@@ -144,7 +153,7 @@ def bind_yard(trace: Trace, machine: Machine, policy: str) -> BoundYard:
     yard = _core.Yard(
         budgets=list(machine.budgets),
         policy=policy,
-        max_waiting_per_model=machine.max_waiting,
+        max_waiting_per_model=machine.max_waiting_per_model,
         max_waiting=machine.max_waiting,
         loads_per_device=machine.loads_per_device,
         overdue_after_s=machine.overdue_after_s,
@@ -152,7 +161,7 @@ def bind_yard(trace: Trace, machine: Machine, policy: str) -> BoundYard:
         backoff_max_s=machine.backoff_max_s,
         explain_capacity=_EXPLAIN_CAPACITY,
         tier_budget=machine.host_budget_bytes,
-        above_tier=[True] * len(machine.budgets) if tiered else (),
+        above_tier=(machine.above_tier or [True] * len(machine.budgets)) if tiered else (),
     )
     bound = BoundYard(
         yard=yard,

@@ -93,12 +93,15 @@ def parse_budget(text: str, footprint_bytes: int) -> int:
     return budget
 
 
-def machine_of_config(config: Config, base: Machine) -> Machine:
-    """Return a machine with a server's devices, budgets and waiting rules.
+def machine_of_config(
+    config: Config, base: Machine, host_budget_bytes: int | None = None
+) -> Machine:
+    """Return a machine with a server's devices, budgets, host tier and waiting rules.
 
     Args:
         config: the server's.
         base: for what its file does not say.
+        host_budget_bytes: of the host tier, 0 for none; None for what the file says.
 
     Raises:
         ValueError: a budget is a percentage of what only the server's machine knows.
@@ -112,15 +115,35 @@ def machine_of_config(config: Config, base: Machine) -> Machine:
                 "write it as a size, or give --budget"
             )
         budgets.append(device.budget.size_bytes)
+    if host_budget_bytes is None:
+        host_budget_bytes = _tier_bytes(config)
     return replace(
         base,
         budgets=tuple(budgets),
         device_names=tuple(str(device.device) for device in devices),
+        host_budget_bytes=host_budget_bytes,
+        above_tier=tuple(
+            device.logical or device.device.type is not DeviceType.CPU for device in devices
+        ),
+        max_waiting=config.yard.max_waiting,
+        max_waiting_per_model=config.yard.max_waiting_per_model,
         loads_per_device=config.yard.loads_per_device,
         overdue_after_s=config.yard.overdue_after_s,
         backoff_initial_s=config.yard.backoff_initial_s,
         backoff_max_s=config.yard.backoff_max_s,
     )
+
+
+def _tier_bytes(config: Config) -> int:
+    tier = config.host_tier.budget
+    if tier is None:
+        return 0
+    if tier.size_bytes is None:
+        raise ValueError(
+            f"the budget of the host tier is {tier}: nobody knows here of how much; write it as a "
+            "size, or give --host-budget"
+        )
+    return tier.size_bytes
 
 
 def describe_budgets(budgets: Sequence[int], names: Sequence[str]) -> str:

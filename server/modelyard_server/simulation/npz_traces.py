@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
+import tokenize
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from modelyard_server.simulation.trace import Table, Trace, TraceError, make_trace
+from modelyard_server.simulation.trace import Floats, Table, Trace, TraceError, make_trace
 
 __all__ = ["read_npz"]
 
@@ -19,10 +22,18 @@ _MODEL_ARRAYS: Final = ("size_mb", "cost_disk", "cost_host")
 _ARRAYS: Final = (*_REQUEST_ARRAYS, *_MODEL_ARRAYS)
 _MEBIBYTE: Final = 1 << 20
 _MOST_UNPACKED: Final = 2 << 30
-# RuntimeError: encrypted; its subclass NotImplementedError: packed in an unusual way.
+_MOST_REASON: Final = 160
+# RuntimeError: encrypted; its subclass NotImplementedError: packed in an unusual way. The header of
+# an array is a Python literal, which can be wrong in as many ways as a program.
 _UNREADABLE: Final = (
     zipfile.BadZipFile,
     zlib.error,
+    lzma.LZMAError,
+    tokenize.TokenError,
+    ArithmeticError,
+    LookupError,
+    SyntaxError,
+    TypeError,
     ValueError,
     EOFError,
     RuntimeError,
@@ -56,13 +67,19 @@ def read_npz(path: Path) -> Trace:
         path.stem,
         names=[str(i) for i in range(len(sizes))],
         size_bytes=sizes,
-        load_s=arrays["cost_disk"].astype(np.float64).tolist(),
-        host_load_s=arrays["cost_host"].astype(np.float64).tolist(),
-        arrival_s=arrays["t"].astype(np.float64),
+        load_s=_floats(arrays["cost_disk"]).tolist(),
+        host_load_s=_floats(arrays["cost_host"]).tolist(),
+        arrival_s=_floats(arrays["t"]),
         model=arrays["k"].astype(np.int64),
-        run_s=arrays["e"].astype(np.float64),
+        run_s=_floats(arrays["e"]),
         locate=locate,
     )
+
+
+def _floats(array: NDArray[Any]) -> Floats:
+    """What float64 cannot hold becomes infinite, and is refused as such."""
+    with np.errstate(over="ignore"):
+        return array.astype(np.float64)
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -71,11 +88,14 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
             unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > _MOST_UNPACKED:
             raise TraceError(f"{path.name}: unpacks to {unpacked} bytes: at most {_MOST_UNPACKED}")
-        with np.load(path, allow_pickle=False) as archive:
+        # It warns of files of Python 2, which are read all the same.
+        with warnings.catch_warnings(action="ignore"), np.load(path, allow_pickle=False) as archive:
             _check_names(path.name, archive.files)
             arrays = {name: np.asarray(archive[name]) for name in _ARRAYS}
     except _UNREADABLE as error:
-        raise TraceError(f"{path.name}: is no NumPy archive that can be read: {error}") from None
+        # Some texts have a second line, or all that the file has.
+        reason = " ".join(str(error).split())[:_MOST_REASON] or type(error).__name__
+        raise TraceError(f"{path.name}: is no NumPy archive that can be read: {reason}") from None
     for names in (_REQUEST_ARRAYS, _MODEL_ARRAYS):
         for name in names:
             array = arrays[name]

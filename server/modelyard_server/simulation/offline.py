@@ -6,6 +6,7 @@ that could be followed, so its seconds are an upper bound of the optimum, as ``b
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -63,15 +64,16 @@ def greedy_s(intervals: Intervals, budget_bytes: int, order: NDArray[np.intp]) -
         Seconds of loading of that schedule.
     """
     room = budget_bytes - intervals.needed_bytes
-    saved_s = 0.0
+    loaded: list[float] = [intervals.unavoidable_s]
     first, last = intervals.first.tolist(), intervals.last.tolist()
     sizes, loads = intervals.size_bytes.tolist(), intervals.load_s.tolist()
     for i in order.tolist():
         between = room[first[i] + 1 : last[i]]
         if between.min() >= sizes[i]:
             between -= sizes[i]
-            saved_s += loads[i]
-    return intervals.all_loaded_s - saved_s
+        else:
+            loaded.append(loads[i])
+    return math.fsum(loaded)
 
 
 def cost_belady_s(
@@ -108,18 +110,18 @@ class _CostBelady:
         self._where: dict[int, int] = {}
 
     def run(self, progress: Progress | None) -> float:
-        load_s = 0.0
+        loaded = []
         count = len(self._models)
         never = self._following == count
         following = np.where(never, np.inf, self._following.astype(np.float64)).tolist()
         for i, model in enumerate(self._models):
             if model not in self._where:
                 self._load(model, i)
-                load_s += self._loads[model]
+                loaded.append(self._loads[model])
             self._next[model] = following[i]
             if progress is not None and i % _TELL_EVERY == 0:
                 progress(i)
-        return load_s
+        return math.fsum(loaded)
 
     def _load(self, model: int, now: int) -> None:
         size = self._sizes[model]

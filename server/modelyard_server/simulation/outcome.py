@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -65,7 +66,7 @@ class Outcome:
     @property
     def load_s(self) -> float:
         """Seconds of loading altogether."""
-        return float(self.load_took_s.sum())
+        return math.fsum(self.load_took_s)
 
     @property
     def hit_ratio(self) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -35,6 +38,8 @@ def check_plot_path(path: Path) -> None:
         raise PlotError(f"{path.name}: the picture is a PNG: the name must end in {_SUFFIX}")
     if not path.absolute().parent.is_dir():
         raise PlotError(f"{path.name}: there is no folder {path.parent.name!r} for it")
+    if path.exists() and not path.is_file():
+        raise PlotError(f"{path.name}: is there, and no file that could be written over")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -61,17 +66,32 @@ def plot_study(study: Study, path: Path, others: Sequence[Study] = ()) -> None:
 
     figure = Figure(figsize=(15, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title_of(study))
+    # Of names: a "$" in one begins no formula, and what has no letters in the font has boxes.
+    figure.suptitle(title_of(study), parse_math=False)
     _plot_load_time(figure.add_subplot(1, 3, 1), study, others)
     _plot_hits(figure.add_subplot(1, 3, 2), study)
     if study.timed:
         _plot_waits(figure.add_subplot(1, 3, 3), study)
     else:
         _plot_loads(figure.add_subplot(1, 3, 3), study)
+    picture = BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph ", category=UserWarning)
+        figure.savefig(picture, dpi=100, format="png")
     try:
-        figure.savefig(path, dpi=100, format="png")
+        _write(path.resolve(), picture.getvalue())
     except OSError as error:
         raise PlotError(f"{path.name}: {error.strerror or 'cannot be written'}") from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(f".{path.name[:100]}.{os.getpid()}.part")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _plot_load_time(axes: Axes, study: Study, others: Sequence[Study]) -> None:

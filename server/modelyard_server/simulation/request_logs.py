@@ -26,6 +26,7 @@ from typing import Any, Final, TextIO
 
 import numpy as np
 
+from modelyard_server.simulation.text_lines import lines_of
 from modelyard_server.simulation.trace import (
     MOST_MODELS,
     MOST_REQUESTS,
@@ -41,7 +42,6 @@ RECORD_VERSION: Final = 1
 _HEADER: Final = "modelyard_record"
 _MODEL_FIELDS: Final = ("model", "size_bytes", "load_s", "host_load_s")
 _REQUEST_FIELDS: Final = ("t", "model", "wait_s", "load_s", "run_s")
-_MOST_LINE: Final = 65_536
 
 
 class RequestLogWriter:
@@ -93,17 +93,9 @@ def read_request_log(path: Path) -> Trace:
         OSError: it cannot be read.
     """
     reader = _Reader(path.name)
-    line = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            while text := file.readline(_MOST_LINE + 1):
-                line += 1
-                if len(text) > _MOST_LINE:
-                    raise TraceError(f"{path.name}:{line}: longer than {_MOST_LINE} characters")
-                if text.strip():
-                    reader.read(line, text)
-    except UnicodeDecodeError as error:
-        raise TraceError(f"{path.name}:{line + 1}: is not UTF-8: {error.reason}") from None
+    for line, text in enumerate(lines_of(path), 1):
+        if text.strip():
+            reader.read(line, text)
     return reader.trace(path.stem)
 
 
@@ -139,7 +131,7 @@ class _Reader:
         waits: dict[str, list[float]] = {}
         for _, line, model, load_s, _ in requests:
             if model not in self._models:
-                raise TraceError(f"{self._file}:{line}: no line says what model {model!r} is")
+                raise TraceError(f"{self._file}:{line}: no line says what model {model[:40]!r} is")
             positions.setdefault(model, len(positions))
             if load_s > 0:
                 waits.setdefault(model, []).append(load_s)
@@ -249,5 +241,6 @@ def _seconds(told: dict[str, Any], field: str, where: str) -> float:
     # An integer may be too large for a float; 1e400 is read as infinity.
     seconds = float(value) if abs(value) < 1e300 else math.inf
     if not 0 <= seconds < math.inf:
-        raise TraceError(f"{where}: {field} is {value if value < 0 else 'too large'}")
+        too = "too large" if value > 0 else "negative"
+        raise TraceError(f"{where}: {field} is {value if -1e30 < value < 0 else too}")
     return seconds

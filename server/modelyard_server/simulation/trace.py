@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -56,6 +57,8 @@ class TracedModel:
         origin: where it was read, such as ``day.csv:17``.
         spans: over how many devices it is split, evenly, where there are so many. A load takes the
             load channel of each, a run a slot of each.
+        places: where alone it may be, each as the positions of the devices that it is on at once;
+            without any, wherever it fits.
     """
 
     name: str
@@ -64,6 +67,7 @@ class TracedModel:
     host_load_s: float
     origin: str
     spans: int = 1
+    places: tuple[tuple[int, ...], ...] = ()
 
     def parts(self, device_count: int) -> tuple[int, int]:
         """Return on how many of some devices it is at once, and the bytes that it takes of each."""
@@ -113,7 +117,8 @@ class Trace:
 
     def compulsory_s(self) -> float:
         """Return the seconds of loading every wanted model once."""
-        return sum(self.models[m].load_s for m in self.used())
+        # fsum: rounded once, so that nobody who loads as much or more comes out below it.
+        return math.fsum(self.models[m].load_s for m in self.used())
 
     def check_fits(self, budgets: Sequence[int]) -> None:
         """Check that every wanted model fits into the largest budgets.
@@ -176,10 +181,12 @@ def make_trace(
 def _model(name: str, size: int, load_s: float, host_load_s: float, origin: str) -> TracedModel:
     if not name or len(name) > _MOST_NAME:
         raise TraceError(f"{origin}: a model's name has 1 to {_MOST_NAME} characters")
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise TraceError(f"{origin}: the model's name {name[:40]!r} has half a character: no text")
     if not 1 <= size <= _core.MAX_BYTES:
         raise TraceError(
-            f"{origin}: the size of model {name[:40]!r} is {size} bytes: 1 to {_core.MAX_BYTES} "
-            "may be"
+            f"{origin}: the size of model {name[:40]!r} is {_told(size)} bytes: 1 to "
+            f"{_core.MAX_BYTES} may be"
         )
     for what, seconds in (("load_s", load_s), ("host_load_s", host_load_s)):
         if not 0 < seconds <= _MOST_DURATION_S:
@@ -190,6 +197,11 @@ def _model(name: str, size: int, load_s: float, host_load_s: float, origin: str)
     return TracedModel(
         name=name, size_bytes=size, load_s=load_s, host_load_s=host_load_s, origin=origin
     )
+
+
+def _told(number: int) -> str:
+    """A number that may have thousands of digits."""
+    return str(number) if abs(number) < 10**320 else "far too many"
 
 
 def _check_requests(

@@ -27,8 +27,9 @@ def read_trace(path: Path, models_path: Path | None = None) -> Trace:
             there are lines.
     """
     suffix = path.suffix.lower()
+    called = path.name or str(path)
     if models_path is not None and suffix != ".csv":
-        raise TraceError(f"{path.name}: a file of models goes with a .csv trace only")
+        raise TraceError(f"{called}: a file of models goes with a .csv trace only")
     try:
         match suffix:
             case ".csv":
@@ -38,7 +39,8 @@ def read_trace(path: Path, models_path: Path | None = None) -> Trace:
             case ".jsonl":
                 return read_request_log(path)
             case _:
-                raise TraceError(f"{path.name}: the name must end in {_FORMS}")
+                raise TraceError(f"{called}: the name must end in {_FORMS}")
     except OSError as error:
-        name = Path(error.filename).name if error.filename else path.name
+        named = Path(error.filename) if error.filename else path
+        name = named.name or str(named)
         raise TraceError(f"{name}: {error.strerror or 'cannot be read'}") from None
