@@ -63,6 +63,7 @@ from modelyard_server.transport.aio import AioTransport, most_sent_bytes
 from modelyard_server.transport.api import Duplex, Handlers, Streaming
 from modelyard_server.transport.none import NoTransport
 from modelyard_server.weights.store import WeightStore
+from modelyard_server.weights.store_keeper import StoreKeeper
 
 if TYPE_CHECKING:
     from modelyard_server.transport.http import HttpTransport
@@ -94,6 +95,7 @@ class Application:
         transport: how calls come in.
         handlers: what answers them.
         http: how they come in without gRPC; None if they do not.
+        keeper: gives back what the store of weights holds for nobody; None if there is no store.
     """
 
     config: Config
@@ -111,6 +113,7 @@ class Application:
     transport: AioTransport | NoTransport
     handlers: Handlers
     http: HttpTransport | None = None
+    keeper: StoreKeeper | None = None
 
     async def start(self) -> int:
         """Begins, and serves on the configured address.
@@ -133,7 +136,10 @@ class Application:
         Raises:
             Refusal: a model of the configuration cannot be registered; its text names the model.
             StoreError: what was stored cannot be read.
+            weights.store.StoreError: the store of weights cannot be used.
         """
+        if self.keeper is not None:
+            await self.keeper.open()
         stored = self.store.read()
         runtimes = {model.runtime for model in self.config.models}
         runtimes |= {model.runtime for model in stored.models}
@@ -148,6 +154,8 @@ class Application:
                 for route in self.config.routes
             ],
         )
+        if self.keeper is not None:
+            self.keeper.start()
 
     async def stop_being_healthy(self) -> None:
         """Tells everybody who asks that requests should go elsewhere."""
@@ -170,6 +178,8 @@ class Application:
                 tasks.create_task(self.http.stop(grace_s), name="stop HTTP")
             await self.transport.stop(grace_s)
         await self.inference.stop()
+        if self.keeper is not None:
+            await self.keeper.stop()
         settled = await self.residency.close(grace_s)
         await self.store.close()
         return await self.engine.stop(grace_s if settled else 0) and settled
@@ -240,6 +250,14 @@ def build(
         journal=journal,
     )
     engine.on_measured = registry.note_runs
+    keeper = None
+    if config.weights.store is not None:
+        keeper = StoreKeeper(
+            config.weights.store,
+            keep_s=config.weights.keep_unused_s,
+            folders=registry.folders,
+        )
+        catalog.on_models = keeper.note_change
     routes = RouteRegistry(catalog=catalog, residency=residency, writes=writes, journal=journal)
     plans = DevicePlans(
         devices=devices,
@@ -316,6 +334,7 @@ def build(
             forgive=recovery.forgive,
         ),
         AdminService(
+            store=keeper,
             residency=residency,
             engine=engine,
             figures=inference.figures,
@@ -381,6 +400,7 @@ def build(
         transport=transport,
         handlers=handlers,
         http=_make_http(config, handlers) if config.http.listen else None,
+        keeper=keeper,
     )
 
 
@@ -438,7 +458,7 @@ def _make_engine(config: Config, devices: Sequence[ManagedDevice]) -> ThreadEngi
         )
     if weights.store is not None:
         # The workers open it, each for itself. What is wrong with it is told here, at once.
-        WeightStore.open(weights.store).close()
+        WeightStore.open(weights.store, leasing=True).close()
     return ProcessEngine(
         devices=engine_devices,
         source=RuntimeSource(
@@ -529,6 +549,7 @@ def _handlers(
         "modelyard.v1.AdminService": {
             "GetServerInfo": unary(a.GetServerInfoRequest, admin.get_server_info),
             "GetStats": unary(a.GetStatsRequest, admin.get_stats),
+            "CollectStore": unary(a.CollectStoreRequest, admin.collect_store, acting=acting),
             "WatchEvents": Streaming(server_stream(a.WatchEventsRequest, watch.watch_events)),
             "WatchRequests": Streaming(
                 server_stream(a.WatchRequestsRequest, recording.watch_requests)
