@@ -90,7 +90,7 @@ bench-plan: $(VENV)/.package $(VENV)/.demo ## 20 plan changes under load, a spli
 bench-weights: $(VENV)/.package $(VENV)/.demo ## loading, sharing and releasing weights against their limits; writes build/bench/weights.json
 	@$(BIN)/python -m bench.weights --output build/bench/weights.json
 
-bench-thrash: $(VENV)/.package $(VENV)/.demo $(VENV)/.dev ## eviction, scheduling and batching against their bars, tables and pictures; writes build/bench/thrash.json
+bench-thrash: $(VENV)/.package $(VENV)/.demo $(VENV)/.dev ## eviction, scheduling, batching and fairness against their bars, tables and pictures; writes build/bench/thrash.json
 	@core=; \
 	if $(NEEDS) bench; then \
 	$(call cmake,bench,modelyard_core_bench,Release,-DMODELYARD_BUILD_BENCH=ON) && \

@@ -2,13 +2,14 @@
 
     python -m bench.thrash --output build/bench/thrash.json [--only PART ...] [--traces FOLDER]
 
-Six parts, one after the other; each is in a module of its own, which says how it is taken:
+Seven parts, one after the other; each is in a module of its own, which says how it is taken:
 
     loads     seconds of loading against the offline bound and LRU    thrash_loads
     rates     highest rates of simulated servers                      thrash_rates
     served    loads and requests/s of real servers                    thrash_served
     overload  five times what a real server can do                    thrash_overload
     batching  MiniLM with batching and without                        thrash_batching
+    fairness  turns of clients of very different demand               thrash_fairness
     arrival   the core's own benchmark (--core FILE)                  thrash_arrival
 
 Every figure is of one run. What cannot be measured is named as missing. The exit code is 1 if a bar
@@ -33,7 +34,8 @@ from rich.table import Table
 from bench.machine import write_figures
 from bench.thrash_arrival import arrival_figures
 from bench.thrash_batching import TEXTS_SAID, batching_figures
-from bench.thrash_figures import BARS, loads_summary
+from bench.thrash_fairness import DEMANDS, fairness_figures
+from bench.thrash_figures import BARS, fair_shares, loads_summary
 from bench.thrash_loads import family_jobs, load_instances, load_table, trace_jobs
 from bench.thrash_overload import DEADLINE_S, overload_figures
 from bench.thrash_plots import plot_loads, plot_overload, plot_rates
@@ -57,6 +59,7 @@ OF_PART: Final[Mapping[str, tuple[str, ...]]] = {
         "recovery_s",
     ),
     "batching": ("batching_c64", "batching_c1"),
+    "fairness": ("fairness_jain", "fairness_quiet_runs", "fairness_line_share"),
     "arrival": ("arrival_us_300",),
 }
 """The figures with a bar, by the part that measures them."""
@@ -120,7 +123,11 @@ def main() -> int:
     parser.add_argument("--core", type=Path, help="google-benchmark's JSON")
     parser.add_argument("--processes", type=int, default=2, help="simulations at a time")
     parser.add_argument(
-        "--seeds", type=int, choices=(1, 2, 3), default=3, help="of the timed simulation"
+        "--seeds",
+        type=int,
+        choices=range(1, len(SEEDS) + 1),
+        default=len(SEEDS),
+        help="of the timed simulation",
     )
     arguments = parser.parse_args()
     plots = arguments.output.absolute().parent
@@ -221,6 +228,34 @@ def _batching(run: Run) -> dict[str, Any]:
         return batching_figures(Path(folder), run.tell)
 
 
+def _fairness(run: Run) -> dict[str, Any]:
+    with _scratch(run) as folder:
+        figures, shares = fairness_figures(Path(folder), run.tell)
+    table = Table(title="Eight clients of a model: answers, over an equal share")
+    table.add_column("requests in flight of the client", justify="right")
+    columns = [(rows, name) for rows, answers in shares.items() for name in answers]
+    for rows, name in columns:
+        table.add_column(f"runs of {rows}, {_IDENTITIES[name]}", justify="right")
+    parts = [fair_shares(shares[rows][name]) for rows, name in columns]
+    for demand in map(str, DEMANDS):
+        table.add_row(demand, *(f"{part[demand]:.2f}" for part in parts))
+    console.print(table)
+    for rows in shares:
+        own, one, other = (
+            figures[f"fairness_{name}_rows_{rows}"]
+            for name in ("quiet_wait_ratio", "quiet_wait_ratio_shared", "other_model_answers")
+        )
+        run.notes.append(
+            f"fairness, runs of {rows}: beside a flood one waits {own:g} times as long as alone, "
+            f"{one:g} times in one line with it; models take turns by age, so {other:g} answers of "
+            "a flood of another model come first"
+        )
+    return figures
+
+
+_IDENTITIES: Final = {"own": "own identities", "shared": "one for all"}
+
+
 def _arrival(run: Run) -> dict[str, Any]:
     if run.core is None:
         run.notes.append(
@@ -237,6 +272,7 @@ PARTS: Final[Mapping[str, Callable[[Run], dict[str, Any]]]] = {
     "served": _served,
     "overload": _overload,
     "batching": _batching,
+    "fairness": _fairness,
     "arrival": _arrival,
 }
 

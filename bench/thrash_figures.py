@@ -18,9 +18,15 @@ __all__ = [
     "BARS",
     "Answer",
     "LoadInstance",
+    "Turn",
+    "answers_of",
     "arrival_us",
+    "fair_shares",
+    "fairness_summary",
+    "jain",
     "loads_summary",
     "overload_summary",
+    "passed_by",
     "recovery_s",
 ]
 
@@ -102,6 +108,23 @@ BARS: Final = (
         figure="batching_c1",
         limit=1.05,
         text="MiniLM, one at a time: seconds a request / without batching",
+    ),
+    Bar(
+        figure="fairness_jain",
+        limit=0.95,
+        at_least=True,
+        text="clients with 4 to 128 requests in flight: Jain's index of their answers",
+    ),
+    Bar(
+        figure="fairness_quiet_runs",
+        limit=2,
+        text="64 in flight of another client: its runs while one asks one at a time, median",
+    ),
+    Bar(
+        figure="fairness_line_share",
+        limit=0.95,
+        at_least=True,
+        text="64 in flight beside many that ask one at a time: answers / an equal share",
     ),
     Bar(
         figure="arrival_us_300",
@@ -253,6 +276,94 @@ def recovery_s(answers: Iterable[Answer], *, end_s: float, deadline_s: float) ->
     """
     bad = [one.due_s - end_s for one in answers if not one.is_good(deadline_s)]
     return round(max(bad, default=0.0), 3)
+
+
+# --- Fairness
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """An answer, in a list of all answers in the order in which they came.
+
+    Attributes:
+        client: who has it.
+        asked: how many answers there had been, to anybody, when it was asked for.
+        seconds: from the question to the answer.
+    """
+
+    client: str
+    asked: int
+    seconds: float
+
+
+def jain(amounts: Sequence[float]) -> float:
+    """Jain's index of fairness: 1 if all have the same, 1/n if one of n has all.
+
+    Jain, Chiu and Hawe 1984, DEC-TR-301.
+
+    Raises:
+        ValueError: nobody has anything.
+    """
+    squares = sum(amount**2 for amount in amounts)
+    if not squares:
+        raise ValueError("nobody has anything")
+    return sum(amounts) ** 2 / (len(amounts) * squares)
+
+
+def answers_of(turns: Iterable[Turn], clients: Iterable[str]) -> dict[str, int]:
+    """How many answers each client has had, also who had none."""
+    counts = Counter(turn.client for turn in turns)
+    return {client: counts[client] for client in clients}
+
+
+def fair_shares(answers: Mapping[str, int]) -> dict[str, float]:
+    """What each client has had, as a multiple of an equal part.
+
+    Raises:
+        ValueError: nobody has anything.
+    """
+    total = sum(answers.values())
+    if not total:
+        raise ValueError("nobody has anything")
+    return {client: count * len(answers) / total for client, count in answers.items()}
+
+
+def passed_by(turns: Sequence[Turn], client: str, other: str, *, later: bool = False) -> list[int]:
+    """For each answer of a client, how many of another came between its question and it.
+
+    Args:
+        turns: all, in the order in which they came.
+        client: who waits.
+        other: whose answers count.
+        later: only those that were asked for later than it, with at least one answer in between.
+    """
+    return [
+        sum(
+            between.client == other and (not later or between.asked > turn.asked)
+            for between in turns[turn.asked : place]
+        )
+        for place, turn in enumerate(turns)
+        if turn.client == client
+    ]
+
+
+def fairness_summary(figures: Mapping[str, float], rows: Iterable[int]) -> dict[str, float]:
+    """What is said of both servers: the figure of the worse of them.
+
+    Args:
+        figures: of each, with a suffix that says how many rows a run has at most.
+        rows: of each server.
+    """
+    worst = {
+        "fairness_jain": min,
+        "fairness_line_share": min,
+        "fairness_quiet_runs": max,
+        "fairness_quiet_wait_ratio": max,
+    }
+    return {
+        name: worse(figures[f"{name}_rows_{most}"] for most in rows)
+        for name, worse in worst.items()
+    }
 
 
 # --- The core

@@ -46,12 +46,12 @@ def plot_loads(found: Sequence[tuple[Job, LoadInstance]], path: Path) -> None:
 def plot_rates(found: Mapping[Setting, Mapping[str, float]], path: Path) -> None:
     """Write the highest rate of each scheduler in each setting."""
     names = [setting.name for setting in found]
-    figure = _figure(12, 5)
+    figure = _figure(20, 5)
     axes = figure.add_subplot()
     at = np.arange(len(names))
     for i, scheduler in enumerate((PRODUCT, *BASELINES)):
         rates = [of[scheduler] for of in found.values()]
-        axes.bar(at + 0.27 * (i - 1), rates, 0.27, label=scheduler)
+        axes.bar(at + 0.2 * (i - 1.5), rates, 0.2, label=scheduler)
     axes.set_yscale("log")
     axes.set_xticks(at, names, rotation=60, ha="right", fontsize=8)
     axes.set_ylabel("requests a second with a p99 wait of 15 s")
