@@ -43,7 +43,7 @@ from modelyard import (
     ResidencyState,
     WorkerLost,
 )
-from modelyard_server.residency.shell import Residency
+from modelyard_server.residency.actions import Actions
 from modelyard_server.residency.transfers import Transfers
 from modelyard_server.residency.values import CopyState as CoreCopyState
 from modelyard_server.weights.copies import Copies
@@ -65,8 +65,9 @@ def at_stages(act: Callable[[str, str], None]) -> Iterator[None]:
 
     def on_load(self: Transfers, handle: Any, target: Any) -> None:
         load(self, handle, target)
-        assert isinstance(self._outcomes, Residency)
-        if self._outcomes.use(handle).copy_state is CoreCopyState.KEPT:
+        assert isinstance(self._outcomes, Actions)
+        entry = self._outcomes._yard.entry(handle.core_id)
+        if entry is not None and entry.copy_state is CoreCopyState.KEPT:
             act("promotion", handle.name)
 
     def on_unload(self: Transfers, handle: Any, *, keep: bool, most_bytes: int) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tests.support.store_killer import Order, killer
 from tests.support.weight_folders import damage_of, numbers, read_back, write_model
 
-from modelyard_server.weights.store import WeightStore
+from modelyard_server.weights.store import Collector, WeightStore
 
 BODY = {"a": numbers(1, (300_000,)), "b": numbers(2, (100, 7)), "c": numbers(3, (5,), "U8")}
 TUNED = BODY | {"head": numbers(4, (33, 3))}
@@ -92,6 +92,41 @@ def test_a_kill_while_a_damaged_model_is_replaced_leaves_a_store_that_works(
                 break
             kills += 1
             everything_works(store, body, tuned)
+    assert 20 < kills < MOST_CALLS - 1
+
+
+@pytest.mark.usefixtures("without_the_disk")
+def test_a_kill_at_any_moment_of_a_collection_leaves_what_is_used(tmp_path: Path) -> None:
+    body, tuned = models(tmp_path)
+    store = tmp_path / "store"
+    kills, removed = 0, 0
+    with killer() as process:
+        for kill_at in range(1, MOST_CALLS):
+            shutil.rmtree(store, ignore_errors=True)
+            opened = WeightStore.open(store, leasing=True)
+            opened.take(body)
+            used = opened.take(tuned)
+            opened.take(write_model(tmp_path / "alone", {"x": numbers(9, (9_000,))}))
+            order = Order(store=str(store), take=[str(tuned)], kill_at=kill_at, give_back=True)
+            if not process.run(order):
+                break
+            kills += 1
+            assert damage_of(store) == [], kill_at
+            left = len(list((store / "models").iterdir()))
+            removed += left == 2
+            assert opened.take(tuned) == used
+            assert read_back(used) == TUNED
+            # The next one ends what this one began.
+            server = Collector.open(store)
+            server.publish([tuned])
+            assert server.collect(keep_s=0, stop=lambda: False).freed_count == left - 1
+            assert [path.name for path in (store / "models").iterdir()] == [used.digest]
+            assert len(list((store / "packs").iterdir())) == len(used.checkpoint.files)
+            assert [path.name for path in (store / "servers").iterdir()] == [server._path.name]
+            server.close()
+            everything_works(store, body, tuned)
+    # Some of them between the removals of two models.
+    assert removed > 0
     assert 20 < kills < MOST_CALLS - 1
 
 

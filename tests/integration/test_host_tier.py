@@ -23,6 +23,7 @@ from tests.support.tiered import (
     MODEL_BYTES,
     PADDING_BYTES,
     ROWS,
+    SECONDS,
     answer_of,
     copies_of,
     create_layers,
@@ -44,6 +45,7 @@ from modelyard import (
 )
 from modelyard_server.devices.probes import host_memory_bytes
 from modelyard_server.residency import shell
+from modelyard_server.runtimes.api import LoadSource
 
 ENGINES = pytest.mark.parametrize("engine", ["thread", "process"])
 
@@ -291,6 +293,33 @@ async def test_a_first_copy_that_needs_more_than_was_reserved_is_kept_the_next_t
                 assert (tier.kept_count, tier.accounted_bytes) == (1, copy_bytes)
                 assert tier.peak_bytes == copy_bytes
             assert (await tier_of(yard)).promotion_count == 1 - missing_bytes
+
+
+async def test_a_recording_that_begins_when_there_are_copies_knows_what_files_take(
+    tmp_path: Path,
+) -> None:
+    config = tier_config(tmp_path, engine="thread", copies=2)
+    make_layers(tmp_path, "ab")
+    with steady_times():
+        async with running_app(config, tmp_path) as yard:
+            await create_layers(yard, "ab")
+            for name in "aba":
+                await answer_of(yard, name)
+            assert await copies_of(yard) == "ab"
+            watch = await yard.admin(Admin.watch_requests)
+            try:
+                first = await asyncio.to_thread(next, watch)
+                await answer_of(yard, "b")
+                later = await asyncio.to_thread(next, watch)
+            finally:
+                await asyncio.to_thread(watch.close)
+            assert [model.model for model in first.models] == ["models/a", "models/b"]
+            known = {model.model: model for model in (*first.models, *later.models)}
+            for model in known.values():
+                # Files may be in the page cache or not.
+                assert model.load_s is not None
+                assert SECONDS[LoadSource.PAGE_CACHE] <= model.load_s <= SECONDS[LoadSource.STORAGE]
+                assert model.copy_load_s == SECONDS[LoadSource.COPY]
 
 
 async def test_what_has_no_files_leaves_no_copy_and_its_memory_all_the_same(tmp_path: Path) -> None:

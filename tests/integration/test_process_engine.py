@@ -188,6 +188,28 @@ async def test_cancel_load_reaches_loads_that_run_and_loads_that_wait(
     assert (await engine.load(1, odd(), Target.whole(0))).own_bytes == {0: 100}
 
 
+async def test_cancel_load_reaches_a_load_that_was_asked_for_in_the_same_turn(
+    engine: Engine, tmp_path: Path
+) -> None:
+    gated = odd(gate=str(tmp_path / "gate"))
+    with closed_gate(tmp_path / "gate") as gate:
+        # What a channel is given first in a turn of the loop leaves at once, and the rest in one
+        # piece: a worker reads the second load, its cancel and the third load at one time.
+        first = asyncio.create_task(engine.load(1, gated, Target.whole(0)))
+        second = asyncio.create_task(engine.load(2, gated, Target.whole(0)))
+        asyncio.get_running_loop().call_soon(engine.cancel_load, 2)
+        third = asyncio.create_task(engine.load(3, gated, Target.whole(0)))
+        # What is said to the engine afterwards comes after it.
+        await engine.load(4, odd(), Target.whole(1))
+        gate.open()
+        assert (await first).own_bytes == {0: 100}
+        with pytest.raises(LoadCancelled):
+            await second
+        assert (await third).own_bytes == {0: 100}
+    # It was for that load of the model, and for no later one.
+    assert (await engine.load(2, odd(), Target.whole(0))).own_bytes == {0: 100}
+
+
 async def test_hits_run_while_a_load_is_stuck_on_the_same_device(
     engine: Engine, tmp_path: Path
 ) -> None:

@@ -9,6 +9,8 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from modelyard import (
 )
 from modelyard.v1 import admin_service_pb2 as pb
 from modelyard_server.cli.main import app
-from modelyard_server.cli.record import parse_duration
+from modelyard_server.cli.record import Recorder, parse_duration
 from modelyard_server.errors import Reason
 from modelyard_server.services.recording import RecordingService
 from modelyard_server.services.request_log import RequestFacts, RequestLog
@@ -323,6 +325,42 @@ async def test_requests_that_used_no_model_are_left_out_and_counted(tmp_path: Pa
     assert len(read_request_log(file)) == 3
 
 
+REASONS = [
+    "BUDGET_EXHAUSTED",
+    "QUEUE_FULL",
+    "DEADLINE_UNREACHABLE",
+    "DEADLINE_IN_QUEUE",
+    "DEADLINE_IN_LOAD",
+]
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_who_is_refused_for_want_of_room_or_time_is_among_the_requests(reason: str) -> None:
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    request = RecordedRequest(
+        arrival_s=1.0,
+        arrived_at=began + timedelta(seconds=1),
+        key="a",
+        model="models/a",
+        device="",
+        cold=True,
+        wait_s=0.5,
+        load_s=None,
+        run_s=None,
+        row_count=1,
+        reason=reason,
+    )
+    model = RecordedModel(model="models/a", size_bytes=5, load_s=2.0, copy_load_s=None)
+    out = StringIO()
+    Recorder(out, most=None).write(
+        RequestRecords(
+            started_at=began, models=(model,), requests=(request,), missed_count=0, begins=True
+        )
+    )
+    (line,) = [line for line in map(json.loads, out.getvalue().splitlines()) if "t" in line]
+    assert (line["t"], line["model"], line["run_s"]) == (1.0, "a", 0.0)
+
+
 async def test_it_ends_when_its_time_is_over(tmp_path: Path) -> None:
     file = tmp_path / "live.jsonl"
     async with running_app(CPU + model_table("echo", "identity"), tmp_path) as yard:
@@ -371,6 +409,7 @@ async def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
             ([tmp_path / "no" / "file"], 2, "file cannot be written: No such file"),
             ([tmp_path / "f", "--for", "soon"], 2, "'soon' is no duration"),
             ([tmp_path / "f", "--for", "0s"], 2, "above 0"),
+            ([".", "--force"], 2, "error: . cannot be written: Is a directory"),
         ):
             result = await record(*arguments, "--server", yard.target)
             assert (result.exit_code, text in result.stderr) == (code, True), result.output

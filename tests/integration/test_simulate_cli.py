@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_the_table_has_every_policy_the_bound_and_the_schedule() -> None:
 def test_timed_it_tells_waits_and_reference_schedulers() -> None:
     found = told(*SMALL, "--timed", "--slots", "2", "--no-bound")
     names = [each["policy"] for each in found["policies"]]
-    assert names == [_core.POLICIES[0], "lru", "fifo+lru", "fcfs+lru"]
+    assert names == [_core.POLICIES[0], "lru", "fifo+lru", "fcfs+lru", "fcfs-each+lru"]
     for each in found["policies"]:
         waits = each["wait_s"]
         assert 0 <= waits["p50"] <= waits["p90"] <= waits["p99"] <= waits["max"]
@@ -112,6 +113,57 @@ def test_a_picture_is_a_png(tmp_path: Path) -> None:
         assert len(content) > 20_000
 
 
+def test_a_picture_may_be_of_a_trace_of_any_name(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    trace = tmp_path / "x$\\frac{$\x1b[31m\u4e2d.csv"
+    trace.write_text(CSV)
+    picture = tmp_path / "p.png"
+    result = run(str(trace), "--budget", "9B", "--no-bound", "--plot", str(picture))
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "p.png"
+    picture.write_text("precious")
+    write_bytes = Path.write_bytes
+
+    def half(path: Path, content: bytes) -> int:
+        write_bytes(path, content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    result = run(*SMALL, "--no-bound", "--plot", str(picture))
+    assert (result.exit_code, result.stderr) == (2, "error: p.png: No space left on device\n")
+    assert picture.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [picture]
+
+
+def test_a_servers_host_tier_is_replayed_and_its_order_is_said_not_to_be(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text(
+        "time,model,execution_s,size_bytes,load_s,host_load_s\n"
+        "0,a,1,5,4,1\n1,b,1,5,4,1\n2,a,1,,,\n3,b,1,,,\n"
+    )
+    config = tmp_path / "server.toml"
+    config.write_text(
+        '[yard]\norder = "fifo"\n[host_tier]\nbudget = "20B"\n'
+        '[[devices]]\ndevice = "cpu"\nbudget = "9B"\nlogical = true\n'
+    )
+    arguments = (str(trace), "--devices", str(config), "--policy", "lru", "--no-bound")
+    found = told(*arguments)
+    assert found["host_budget_bytes"] == 20
+    assert found["policies"][0]["load_s"] == 4 + 4 + 1 + 1
+    assert told(*arguments, "--host-budget", "0B")["policies"][0]["load_s"] == 16
+    assert run(*arguments).stderr == ""
+    timed = run(*arguments, "--timed")
+    assert timed.exit_code == 0
+    assert 'order = "fifo" of server.toml is not replayed' in timed.stderr
+
+
 def test_a_host_tier_is_used_and_has_no_bound() -> None:
     found = told(*SMALL, "--host-budget", "1TB")
     assert found["policies"][0]["host_load_count"] > 0
@@ -159,6 +211,11 @@ def test_without_matplotlib_a_picture_is_refused_before_the_work(
         (["zipf", "--deadline", "-1"], "deadline_s is above 0"),
         (["zipf", "--plot", "p.gif"], "p.gif: the picture is a PNG"),
         (["zipf", "--plot", "none/p.png"], "there is no folder 'none' for it"),
+        (["zipf", "--plot", "folder.png"], "folder.png: is there, and no file that could be"),
+        (["zipf", "--host-budget", ""], "'' is no size"),
+        (["a" * 300], "is neither a .csv, .npz or .jsonl file nor a made-up trace"),
+        (["t.csv", "--models", "."], "error: .: Is a directory"),
+        (["t.csv", "--devices", "."], "error: .:1: cannot be read: Is a directory"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(
@@ -169,6 +226,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("t.csv").write_text(CSV)
+    Path("folder.png").mkdir()
     Path("nine.toml").write_text('[[devices]]\ndevice = "cpu"\nbudget = "9GB"\n')
     Path("half.toml").write_text('[[devices]]\ndevice = "cpu"\nbudget = "50%"\n')
     result = run(*arguments)

@@ -144,3 +144,35 @@ def test_two_clients_who_both_wait_have_the_same_rows(clients: list[str], most_r
         had.update(batch)
         if waiting["a"] and waiting["b"]:
             assert abs(had["a"] - had["b"]) <= 1
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 5), min_size=2),
+    st.integers(1, 4),
+    st.lists(st.integers(0, 3), min_size=20, max_size=60),
+)
+def test_nobody_has_more_than_who_always_waits(
+    demands: dict[str, int], most_rows: int, delays: list[int]
+) -> None:
+    line: Line[str] = Line(BatchLimits(most_rows=most_rows))
+    seen = Prepared(key=(), rows=1, most_rows=100, content=None)
+    waiting = Counter(demands)
+    had: Counter[str] = Counter(dict.fromkeys(demands, 0))
+    always = set(demands)
+    away: list[tuple[int, str]] = []
+    for client, demand in demands.items():
+        for _ in range(demand):
+            line.add(client, "m", client)
+    for number, delay in enumerate(delays):
+        batch = line.take(lambda job: seen).batch
+        waiting.subtract(batch)
+        had.update(batch)
+        always -= {client for client in demands if not waiting[client]}
+        away += [(number + delay, client) for client in batch]
+        for due, client in away:
+            if due <= number:
+                line.add(client, "m", client)
+                waiting[client] += 1
+        away = [one for one in away if one[0] > number]
+    for client in always:
+        assert had[client] >= max(had.values()) - 1

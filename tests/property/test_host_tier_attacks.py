@@ -24,6 +24,7 @@ from modelyard_server.devices.placed import PlacedAs, whole
 from modelyard_server.errors import Refusal
 from modelyard_server.execution.engine import Loaded, Unloaded, WorkerDeath
 from modelyard_server.residency import shell, transfers
+from modelyard_server.residency.actions import Actions
 from modelyard_server.residency.recovery import Recovery
 from modelyard_server.residency.shell import Lease, Residency
 from modelyard_server.residency.values import (
@@ -155,7 +156,7 @@ class TieredEngine(FakeEngine):
         return is_back
 
 
-class SteadyResidency(Residency):
+class SteadyActions(Actions):
     """Loads take what their source says, and not what this machine happens to need."""
 
     def loaded(self, handle: ModelHandle, target: Target, loaded: Loaded, took_s: float) -> None:
@@ -182,18 +183,20 @@ class World:
     is_kind: bool = False
 
     def __post_init__(self) -> None:
-        self.residency = SteadyResidency(
-            settings=YardSettings(
-                budgets=BUDGETS,
-                policy=self.random.choice(POLICIES),
-                overdue_after_s=5.0,
-                tier_budget=self.tier_bytes,
-                above_tier=ABOVE,
-            ),
-            device_names=[f"devices/d{i}" for i in range(len(BUDGETS))],
-            engine=self.engine,
-            now_ns=self.clock,
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shell, "Actions", SteadyActions)
+            self.residency = Residency(
+                settings=YardSettings(
+                    budgets=BUDGETS,
+                    policy=self.random.choice(POLICIES),
+                    overdue_after_s=5.0,
+                    tier_budget=self.tier_bytes,
+                    above_tier=ABOVE,
+                ),
+                device_names=[f"devices/d{i}" for i in range(len(BUDGETS))],
+                engine=self.engine,
+                now_ns=self.clock,
+            )
         self.recovery = Recovery(self.residency, strikes=3, now_s=lambda: self.clock() * 1e-9)
 
     # --- Models -----------------------------------------------------------------------------------
@@ -310,7 +313,7 @@ class World:
 
     def pass_time(self) -> None:
         self.clock.advance(self.random.choice([0.01, 0.5, 3.0]))
-        self.residency._tick()
+        self.residency._actions.tick()
 
     def rehearse(self) -> None:
         rehearsal = self.residency.rehearse()
@@ -461,15 +464,17 @@ class World:
             self.end_load()
             self.end_unload()
             self.end_drop()
-            self.residency._tick()
+            self.residency._actions.tick()
             if not (
-                self.residency._transfers._tasks
-                or self.residency._transfers._rechecks
+                self.residency._actions._transfers._tasks
+                or self.residency._actions._transfers._rechecks
                 or self.residency.lease_count
             ):
                 break
         else:
-            raise AssertionError(f"something never ends: {self.residency._transfers._tasks}")
+            raise AssertionError(
+                f"something never ends: {self.residency._actions._transfers._tasks}"
+            )
         await turns()
         self.look()
         self.is_kind = False
@@ -607,7 +612,7 @@ async def test_a_server_that_stops_in_the_midst_of_it_waits_for_nobody_for_ever(
         world.end_load()
         world.end_unload()
         world.end_drop()
-        if closing.done() and not world.leases and not world.residency._transfers.count:
+        if closing.done() and not world.leases and not world.residency._actions._transfers.count:
             break
     assert closing.done()
     assert await closing
@@ -639,7 +644,7 @@ async def test_a_copy_that_others_hold_is_dropped_before_another_one_of_its_mode
     engine.drops[first.core_id].finish(is_back=False)
     await turns()
     assert (world.tier().draining, world.tier().quarantined) == (5, 0)
-    while not world.residency._transfers._rechecks:
+    while not world.residency._actions._transfers._rechecks:
         await turns()
     engine.drops[first.core_id].finish()
     await by_hand
@@ -649,7 +654,7 @@ async def test_a_copy_that_others_hold_is_dropped_before_another_one_of_its_mode
     assert residency.use(first).copy_state is CopyState.KEPT
 
     # The same again, and nothing is its own.
-    residency._apply(residency._yard.unload(second.core_id, world.clock()))
+    residency._carry_out(residency._yard.unload(second.core_id, world.clock()))
     await turns()
     engine.drops[second.core_id].finish()
     await turns()

@@ -384,13 +384,30 @@ async def peak_growth(pids: list[int], doing: Callable[[], Awaitable[Any]]) -> i
     """By how many bytes at most the resident memory of any of these processes rose meanwhile.
 
     Pages of libraries do not count: a machine that had taken them away gives them back whenever
-    they are used, and that is nobody's growth. Those of any other file do.
+    they are used, and that is nobody's growth. Those of any other file do. They are looked at again
+    and again, since the machine may take them away once more before the end.
     """
     before = [(_forget_peak(pid), _library_pages(pid)) for pid in pids]
-    await doing()
+    most = [pages for _, pages in before]
+
+    def look() -> None:
+        most[:] = [max(_library_pages(pid), seen) for pid, seen in zip(pids, most, strict=True)]
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            await asyncio.to_thread(look)
+
+    watching = asyncio.create_task(watch())
+    try:
+        await doing()
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    look()
     return max(
-        _memory_of(pid, "VmHWM") - held - max(0, _library_pages(pid) - pages)
-        for pid, (held, pages) in zip(pids, before, strict=True)
+        _memory_of(pid, "VmHWM") - held - (seen - pages)
+        for pid, (held, pages), seen in zip(pids, before, most, strict=True)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,11 +118,13 @@ class CatalogBench:
         self.writes = Writes(self.store)
         self.journal = Journal(capacity=1000)
         self.devices = [managed_device(f"cuda:{i}", size) for i, size in enumerate(budgets)]
+        self.now_ns: Callable[[], int] = time.monotonic_ns
         self.residency = Residency(
             settings=YardSettings(budgets=tuple(budgets)),
             device_names=[device.name for device in self.devices],
             engine=self.engine,
             journal=self.journal,
+            now_ns=lambda: self.now_ns(),
         )
         self.registry = Registry(
             catalog=self.catalog,
@@ -239,7 +242,7 @@ class CatalogBench:
         self.residency.audit()
         assert self.residency.lease_count == 0
         assert self.residency.waiting_count == 0
-        assert not self.residency._transfers.count
+        assert not self.residency._actions._transfers.count
         assert not self.residency._tickets
         # A handle that nobody knows any more is a leak, and so is one that was lost.
         known = {model.handle.core_id for model in self.catalog.models()}

@@ -17,11 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modelyard_server.weights.store import WeightStore
+from modelyard_server.weights.store import Collector, WeightStore
 
 __all__ = ["CALLS", "Killer", "Order", "killer"]
 
-CALLS = ("open", "mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "preadv")
+CALLS = (
+    *("open", "mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "preadv"),
+    *("ftruncate", "pwrite"),
+)
 """What changes a store, and reading the source, which happens between writes."""
 
 
@@ -34,6 +37,7 @@ class Order:
         take: folders to take, in that order.
         kill_at: number of the call before which it dies, from 1.
         collect: whether it removes all but the last model afterwards.
+        give_back: it takes nothing; a server that uses the last model gives back the rest.
         fault: a mistake to make: "copied_packs" (packs are copied to their names, not renamed),
             "late_packs" (they get their names after the models that need them), "moved_files"
             (models get their names before their files) or none.
@@ -43,6 +47,7 @@ class Order:
     take: list[str]
     kill_at: int
     collect: bool = False
+    give_back: bool = False
     fault: str = ""
 
 
@@ -86,6 +91,12 @@ def killer() -> Iterator[Killer]:
 def _work(order: Order) -> None:
     _make_mistake(order.fault)
     _die_at(order.kill_at)
+    if order.give_back:
+        server = Collector.open(Path(order.store))
+        server.publish([Path(order.take[-1])])
+        server.collect(keep_s=0, stop=lambda: False)
+        server.close()
+        return
     store = WeightStore.open(Path(order.store))
     taken = [store.take(Path(folder)) for folder in order.take]
     if order.collect:

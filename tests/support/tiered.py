@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from modelyard import Admin, CopyState, HostTier
 from modelyard_server.execution.engine import Loaded, Unloaded
-from modelyard_server.residency.shell import Residency
+from modelyard_server.residency.actions import Actions
 from modelyard_server.residency.values import ModelHandle
 from modelyard_server.runtimes.api import LoadSource
 from modelyard_server.runtimes.targets import Target
@@ -185,10 +185,10 @@ def steady_times(*, slow: str = "", fast: str = "") -> Iterator[None]:
         slow: models, a letter each, whose loads from files take eight times as long as others'.
         fast: models whose loads from files take as long as those from copies.
     """
-    loaded, unloaded = Residency.loaded, Residency.unloaded
+    loaded, unloaded = Actions.loaded, Actions.unloaded
 
     def steady_loaded(
-        self: Residency, handle: ModelHandle, target: Target, outcome: Loaded, took_s: float
+        self: Actions, handle: ModelHandle, target: Target, outcome: Loaded, took_s: float
     ) -> None:
         seconds = SECONDS[outcome.source]
         if outcome.source is not LoadSource.COPY:
@@ -198,9 +198,7 @@ def steady_times(*, slow: str = "", fast: str = "") -> Iterator[None]:
                 seconds = SECONDS[LoadSource.COPY]
         loaded(self, handle, target, outcome, seconds)
 
-    def steady_unloaded(
-        self: Residency, handle: ModelHandle, outcome: Unloaded
-    ) -> Mapping[int, int]:
+    def steady_unloaded(self: Actions, handle: ModelHandle, outcome: Unloaded) -> Mapping[int, int]:
         steady = Unloaded(
             freed=outcome.freed,
             kept_bytes=outcome.kept_bytes,
@@ -210,6 +208,6 @@ def steady_times(*, slow: str = "", fast: str = "") -> Iterator[None]:
         return unloaded(self, handle, steady)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Residency, "loaded", steady_loaded)
-        patch.setattr(Residency, "unloaded", steady_unloaded)
+        patch.setattr(Actions, "loaded", steady_loaded)
+        patch.setattr(Actions, "unloaded", steady_unloaded)
         yield

@@ -21,6 +21,7 @@ __all__ = [
     "shared_bounds",
     "shared_trace",
     "small_trace",
+    "sparing_lru",
 ]
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"
@@ -53,6 +54,40 @@ def small_trace(
         run_s=list(runs or [0.0] * len(wanted)),
         locate=locate,
     )
+
+
+def sparing_lru(trace: Trace, budget: int) -> tuple[list[float], int]:
+    """The core's LRU for models of any size, worked out without the core.
+
+    Who was used longest ago is looked at first, until there is room; then who turned out not to be
+    needed stays, the one used last first.
+
+    Returns:
+        Seconds of each load, and how many models had to leave.
+    """
+    held: OrderedDict[int, int] = OrderedDict()
+    loads, left = [], 0
+    for model in trace.model.tolist():
+        if model in held:
+            held.move_to_end(model)
+            continue
+        size = trace.models[model].size_bytes
+        short = size - (budget - sum(held.values()))
+        leaving = []
+        for candidate in held:
+            if short <= 0:
+                break
+            leaving.append(candidate)
+            short -= held[candidate]
+        for candidate in reversed(leaving):
+            if short + held[candidate] <= 0:
+                short += held[candidate]
+            else:
+                del held[candidate]
+                left += 1
+        held[model] = size
+        loads.append(trace.models[model].load_s)
+    return loads, left
 
 
 def lru_load_s(trace: Trace, budget: int) -> float:

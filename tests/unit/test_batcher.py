@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from modelyard_server.execution.batcher import PATIENCE, BatchLimits, Ended, Line
+from modelyard_server.execution.batcher import MOST_GONE, PATIENCE, BatchLimits, Ended, Line
 from modelyard_server.runtimes.api import Prepared
 
 
@@ -211,6 +211,46 @@ def test_a_client_that_comes_new_has_no_turns_saved_up() -> None:
     for job in jobs_of("bbbb", client="b", fit=None):
         line.add(job, job.model, job.client)
     assert names_of(line) == list("abababb")
+
+
+def ran_with_callers(line: Line[Job], runs: int) -> list[str]:
+    """What runs, one in each, where all but client "line" ask again while the next one runs."""
+    ran: list[str] = []
+    away: list[Job] = []
+    for _ in range(runs):
+        (job,) = line.take(look).batch
+        ran.append(job.name)
+        for caller in away:
+            line.add(caller, caller.model, caller.client)
+        away = [] if job.client == "line" else [Job(job.name, client=job.client, fit=job.fit)]
+    return ran
+
+
+def test_who_asks_one_at_a_time_is_not_new_each_time() -> None:
+    jobs = jobs_of("a" * 30, client="line", fit=None)
+    jobs += [Job(name, client=name) for name in "wxyz"]
+    assert "".join(ran_with_callers(line_of(jobs, most_rows=1), 50)) == "awxyz" * 10
+
+
+def test_turns_go_by_rows_for_who_comes_back_too() -> None:
+    jobs = [*jobs_of("a" * 50, client="line"), Job("B", client="b", fit=fit(rows=4))]
+    ran = "".join(ran_with_callers(line_of(jobs, most_rows=1), 50))
+    assert ran == "aB" + "aaaaB" * 9 + "aaa"
+
+
+@pytest.mark.parametrize(("names", "is_forgotten"), [(MOST_GONE, False), (2 * MOST_GONE, True)])
+def test_so_many_are_remembered_and_no_more(names: int, is_forgotten: bool) -> None:
+    jobs = [Job("B", client="b", fit=fit(rows=10**6)), *jobs_of("aa", client="line")]
+    line = line_of(jobs, most_rows=1)
+    assert line.take(look).batch == jobs[:1]
+    for number in range(names):
+        # With so many rows that each would be behind if it came back.
+        line.add(Job("n", fit=fit(rows=10**5)), "m", f"new {number}")
+        assert [line.take(look).batch[0].name for _ in range(2)] == ["a", "n"]
+        line.add(Job("a", fit=fit()), "m", "line")
+    line.add(jobs[0], "m", "b")
+    line.add(Job("a", fit=fit()), "m", "line")
+    assert [line.take(look).batch[0].name for _ in range(2)] == ["a", "B" if is_forgotten else "a"]
 
 
 def test_new_names_hold_up_nobody_for_ever() -> None:

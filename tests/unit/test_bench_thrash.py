@@ -13,13 +13,20 @@ import pytest
 from bench.thrash import OF_PART, PARTS, show, unmeasured
 from bench.thrash_asking import refusal_facts, zipf_draws
 from bench.thrash_batching import short_texts
+from bench.thrash_fairness import BACKLOGGED, DEMANDS, FLOOD, ROWS, demand_askers
 from bench.thrash_figures import (
     BARS,
     Answer,
     LoadInstance,
+    Turn,
+    answers_of,
     arrival_us,
+    fair_shares,
+    fairness_summary,
+    jain,
     loads_summary,
     overload_summary,
+    passed_by,
     recovery_s,
 )
 from bench.thrash_loads import family_jobs, trace_jobs
@@ -37,6 +44,8 @@ from bench.thrash_rates import (
 )
 from google.rpc import error_details_pb2, status_pb2
 
+from modelyard_server.simulation.machine import places_of
+
 NEEDED = {
     "geomean_vs_bound",
     "worst_vs_lru",
@@ -50,6 +59,9 @@ NEEDED = {
     "goodput_5x",
     "batching_c64",
     "batching_c1",
+    "fairness_jain",
+    "fairness_quiet_runs",
+    "fairness_line_share",
     "arrival_us_300",
 }
 
@@ -120,7 +132,7 @@ class TestHighestRate:
 
 class TestRates:
     def test_there_are_all_settings(self) -> None:
-        assert len({setting.name for setting in SETTINGS}) == len(SETTINGS) == 24
+        assert len({setting.name for setting in SETTINGS}) == len(SETTINGS) == 48
 
     def test_a_rate_is_that_of_the_arrivals(self) -> None:
         trace = base_trace(SETTINGS[0], 1)
@@ -144,18 +156,38 @@ class TestRates:
                 assert part <= 0.4 * machine.budgets[0] or model.spans == devices
                 assert model.load_s == pytest.approx(0.4 + part / 2e9, rel=1e-6)
 
+    def test_each_model_has_devices_of_its_own_unless_it_may_be_anywhere(self) -> None:
+        setting = Setting(family="zipf", devices=4, working_set=5.0)
+        trace = base_trace(setting, 1)
+        machine = machine_of(setting, trace)
+        held = [0] * 4
+        for model in trace.models:
+            assert [len(place) for place in model.places] == [model.spans]
+            assert places_of(model, machine.budgets) == model.places
+            for device in model.places[0]:
+                held[device] += model.parts(4)[1]
+        assert max(held) <= 1.02 * min(held)
+        anywhere = base_trace(replace(setting, anywhere=True), 1)
+        assert {len(places_of(model, machine.budgets)) for model in anywhere.models} == {4, 6, 1}
+        assert [m.size_bytes for m in anywhere.models] == [m.size_bytes for m in trace.models]
+
     def test_seeds_are_combined_by_their_geometric_mean(self) -> None:
         assert combined([{"a": 1.0}, {"a": 4.0}]) == {"a": 2.0}
 
     def test_a_summary_is_of_the_ratios(self) -> None:
         found = {
-            SETTINGS[0]: {PRODUCT: 4.0, "fifo+lru": 1.0, "fcfs+lru": 4.0},
-            SETTINGS[1]: {PRODUCT: 9.0, "fifo+lru": 1.0, "fcfs+lru": 1.0},
+            SETTINGS[0]: {PRODUCT: 4.0, "fifo+lru": 1.0, "fcfs+lru": 4.0, "fcfs-each+lru": 2.0},
+            SETTINGS[1]: {PRODUCT: 9.0, "fifo+lru": 1.0, "fcfs+lru": 1.0, "fcfs-each+lru": 18.0},
         }
+        anywhere = next(setting for setting in SETTINGS if setting.anywhere)
+        found[anywhere] = {PRODUCT: 8.0, "fifo+lru": 1.0, "fcfs+lru": 16.0, "fcfs-each+lru": 16.0}
         figures = summary(found)
         assert figures["rate_vs_fifo_lru"] == 6.0
         assert figures["rate_vs_fcfs_lru"] == 3.0
-        assert figures["rate_vs_fcfs_lru_min"] == 1.0
+        assert figures["rate_anywhere_vs_fifo_lru"] == 8.0
+        assert figures["rate_anywhere_vs_fcfs_lru"] == 0.5
+        assert figures["rate_vs_fcfs_lru_min"] == 0.5, "of all of them"
+        assert figures["rate_vs_fcfs_each_lru"] == 1.0
         assert figures[f"rate_{SETTINGS[1].name}_vs_fcfs_lru"] == 9.0
 
 
@@ -246,6 +278,70 @@ class TestOverload:
         ]
         assert recovery_s(answers, end_s=10.0, deadline_s=2.0) == 1.5
         assert recovery_s(answers[2:], end_s=10.0, deadline_s=2.0) == 0.0
+
+
+def turns_of(text: str) -> list[Turn]:
+    """Answers such as "a0 b0 a1": whose, and after how many it was asked for."""
+    return [Turn(client=word[0], asked=int(word[1:]), seconds=1.0) for word in text.split()]
+
+
+class TestFairness:
+    def test_jains_index(self) -> None:
+        assert jain([7, 7, 7]) == pytest.approx(1.0)
+        assert jain([5, 0, 0, 0, 0]) == pytest.approx(0.2)
+        # Of the paper: 20 with one unit each, of a hundred.
+        assert jain([1] * 20 + [0] * 80) == pytest.approx(0.2)
+        assert jain([1, 3]) == jain([10, 30]) == pytest.approx(0.8)
+
+    def test_nothing_is_divided_neither_fairly_nor_unfairly(self) -> None:
+        with pytest.raises(ValueError, match="nobody"):
+            jain([0, 0])
+        with pytest.raises(ValueError, match="nobody"):
+            fair_shares({"a": 0})
+
+    def test_answers_are_counted_also_of_those_who_have_none(self) -> None:
+        counts = answers_of(turns_of("a0 b0 a1 c0"), ["a", "b", "z"])
+        assert counts == {"a": 2, "b": 1, "z": 0}
+        assert fair_shares(counts) == {"a": 2.0, "b": 1.0, "z": 0.0}
+
+    def test_those_pass_who_are_answered_between_a_question_and_its_answer(self) -> None:
+        turns = turns_of("f0 q0 f0 f1 c0 q2 q6")
+        assert passed_by(turns, "q", "f") == [1, 2, 0]
+        assert passed_by(turns, "q", "c") == [0, 1, 0]
+
+    def test_those_who_asked_later_are_told_apart(self) -> None:
+        # Of the five that pass two were asked for when q had been asked for, and another answered.
+        turns = turns_of("f0 f0 f1 f2 f0 f3 q1 f4")
+        assert passed_by(turns, "q", "f") == [5]
+        assert passed_by(turns, "q", "f", later=True) == [2]
+        assert passed_by(turns_of("f0 q1"), "q", "f", later=True) == [0]
+
+    def test_what_has_a_bar_is_of_the_worse_server(self) -> None:
+        found = {}
+        for rows, jains, share, runs, wait in ((1, 1.0, 0.9, 2.0, 3.0), (8, 0.97, 1.0, 1.9, 13.0)):
+            found[f"fairness_jain_rows_{rows}"] = jains
+            found[f"fairness_line_share_rows_{rows}"] = share
+            found[f"fairness_quiet_runs_rows_{rows}"] = runs
+            found[f"fairness_quiet_wait_ratio_rows_{rows}"] = wait
+        assert fairness_summary(found, (1, 8)) == {
+            "fairness_jain": 0.97,
+            "fairness_line_share": 0.9,
+            "fairness_quiet_runs": 2.0,
+            "fairness_quiet_wait_ratio": 13.0,
+        }
+
+    def test_order_of_arrival_would_miss_the_bars_of_turns(self) -> None:
+        bars = {bar.figure: bar for bar in BARS}
+        backlogged = [demand for demand in DEMANDS if demand >= BACKLOGGED]
+        # Answers as many in flight, and the whole flood before each question.
+        assert not bars["fairness_jain"].is_met(jain(backlogged))
+        assert all(not bars["fairness_quiet_runs"].is_met(FLOOD / rows) for rows in ROWS)
+
+    def test_who_counts_as_always_waiting_has_more_than_a_run_of_equal_parts_takes(self) -> None:
+        askers = demand_askers()
+        assert len({asker.client for asker in askers}) == len(askers) == len(DEMANDS)
+        assert all(2 * rows / len(askers) < BACKLOGGED for rows in ROWS)
+        assert sum(asker.in_flight >= BACKLOGGED for asker in askers) >= 2
 
 
 class TestRefusals:

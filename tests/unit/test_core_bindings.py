@@ -20,7 +20,7 @@ import pytest
 
 from modelyard_server import _core
 from modelyard_server._core import LoadFailure, RefuseReason, State
-from modelyard_server.config.values import POLICIES
+from modelyard_server.config.yard import POLICIES
 
 NEVER = _core.NEVER_NS
 SECOND = 10**9

@@ -119,6 +119,8 @@ PUBLIC = [
     "ShadowFigures",
     "ShadowTarget",
     "SplitTarget",
+    "StoreCollected",
+    "StoreFigures",
     "StreamBroken",
     "TensorError",
     "Transform",
@@ -302,6 +304,7 @@ class TestSignatures:
             (modelyard.Admin.list_residencies, "*, timeout_s"),
             (modelyard.Admin.info, "*, timeout_s"),
             (modelyard.Admin.stats, "*, timeout_s"),
+            (modelyard.Admin.collect_store, "*, keep_s, validate_only, timeout_s"),
             (modelyard.to_tensor, "value, name"),
             (modelyard.from_tensor, "tensor"),
         ],
@@ -323,7 +326,7 @@ class TestSignatures:
             *("get_plan", "plan_devices", "apply_plan", "rebalance_devices"),
             *("load", "unload", "pin", "unpin", "list_residencies"),
             *("watch_residencies", "watch_events", "watch_requests", "explain"),
-            *("info", "stats", "close"),
+            *("info", "stats", "collect_store", "close"),
         }
 
     def test_both_clients_have_the_same_defaults(self) -> None:

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from tests.support.traces import least_load_s, shared_bounds, shared_trace, small_trace
 
+from modelyard_server import _core
 from modelyard_server.simulation import bounds
 from modelyard_server.simulation.bounds import BoundUnavailable, lower_bound, most_saved_s
 from modelyard_server.simulation.families import family_trace
 from modelyard_server.simulation.intervals import find_intervals, next_requests
+from modelyard_server.simulation.machine import Machine
 from modelyard_server.simulation.offline import best_offline_s, cost_belady_s
+from modelyard_server.simulation.serial_replay import replay_serially
 from modelyard_server.simulation.trace import Trace
 
 ROUNDING = 1e-6
@@ -53,6 +56,20 @@ def test_the_optimum_is_between_the_bound_and_the_best_schedule_found(seed: int)
     assert optimum <= best_offline_s(trace, (budget,), bound.kept) + ROUNDING
     assert optimum <= best_offline_s(trace, (budget,)) + ROUNDING
     assert bound.load_s >= trace.compulsory_s() - ROUNDING
+
+
+def test_nobody_comes_out_below_the_bound_by_rounding() -> None:
+    pytest.importorskip("highspy")
+    for seed in range(150):
+        trace, budget = random_case(seed)
+        chance = random.Random(seed)
+        models = tuple(replace(m, load_s=chance.uniform(0.001, 10)) for m in trace.models)
+        trace = replace(trace, models=models)
+        bound = lower_bound(trace, budget)
+        assert bound.load_s <= best_offline_s(trace, (budget,), bound.kept), f"seed {seed}"
+        for policy in ("lru", _core.POLICIES[0]):
+            outcome = replay_serially(trace, Machine(budgets=(budget,)), policy)
+            assert bound.load_s <= outcome.load_s, f"seed {seed}, {policy}"
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -86,6 +86,25 @@ def test_a_servers_file_says_what_its_machine_is(tmp_path: Path) -> None:
     assert (machine.overdue_after_s, machine.loads_per_device, machine.slots) == (7.0, 2, 9)
 
 
+def test_a_servers_file_says_what_its_host_tier_is_and_who_may_wait(tmp_path: Path) -> None:
+    text = (
+        "[yard]\nmax_waiting = 70\nmax_waiting_per_model = 7\n"
+        '[host_tier]\nbudget = "TIER"\n'
+        '[[devices]]\ndevice = "cuda:0"\nbudget = "3GB"\n'
+        '[[devices]]\ndevice = "cpu"\nbudget = "1GB"\n'
+    )
+    base = Machine(budgets=(1,))
+    config = parse_config(text.replace("TIER", "5GB"), base=tmp_path)
+    machine = machine_of_config(config, base)
+    assert (machine.host_budget_bytes, machine.above_tier) == (5 * 10**9, (True, False))
+    assert (machine.max_waiting, machine.max_waiting_per_model) == (70, 7)
+    assert machine_of_config(config, base, 0).host_budget_bytes == 0
+    config = parse_config(text.replace("TIER", "5%"), base=tmp_path)
+    with pytest.raises(ValueError, match="the budget of the host tier is 5%: nobody knows here"):
+        machine_of_config(config, base)
+    assert machine_of_config(config, base, 9).host_budget_bytes == 9
+
+
 def test_a_share_of_a_device_that_nobody_sees_is_refused() -> None:
     device = DeviceConfig(device=Device.from_str("cpu"), budget=Budget(percent=Decimal(50)))
     config = Config(devices=(device,), yard=YardConfig())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.simulated_faults import check_outcome, disturbed_replay, run_seed
-from tests.support.traces import lru_load_s, shared_bounds, shared_trace, small_trace
+from tests.support.traces import lru_load_s, shared_bounds, shared_trace, small_trace, sparing_lru
 
 from modelyard_server import _core
 from modelyard_server.simulation.baselines import BASELINES, replay_baseline
@@ -54,6 +54,19 @@ def test_lru_through_the_core_loads_what_a_plain_lru_loads(family: str) -> None:
     assert outcome.load_count == int((~outcome.hit).sum())
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_lru_through_the_core_is_lru_for_models_of_any_size(family: str) -> None:
+    for seed in range(4):
+        trace = family_trace(family, requests=500, models=25, seed=seed)
+        largest = max(trace.models[m].size_bytes for m in trace.used())
+        budget = max(largest, trace.footprint_bytes() * (1 + seed) // 6)
+        outcome = replay_serially(trace, Machine(budgets=(budget,)), "lru")
+        loads, left = sparing_lru(trace, budget)
+        assert outcome.load_took_s.tolist() == loads
+        assert outcome.eviction_count == left
+        assert len(loads) + int(outcome.hit.sum()) == len(trace)
+
+
 @pytest.mark.parametrize("policy", _core.POLICIES)
 def test_a_serial_replay_adds_up(policy: str) -> None:
     trace = family_trace("zipf:0.9", requests=2000, models=40, seed=2)
@@ -85,6 +98,20 @@ def test_a_host_tier_makes_loads_cheaper() -> None:
     assert plain.load_s == 20 * 8.0
     assert (tiered.load_count, tiered.host_load_count) == (20, 18)
     assert tiered.load_s == 2 * 8.0 + 18 * 1.0
+
+
+def test_only_devices_above_the_host_tier_have_copies_kept() -> None:
+    trace = small_trace([0, 1] * 5, sizes=[6, 6], loads=[2.0, 2.0], host_loads=[0.5, 0.5])
+    for above, load_s in ((True, 2 * 2.0 + 8 * 0.5), (False, 10 * 2.0)):
+        machine = Machine(budgets=(10,), host_budget_bytes=20, above_tier=(above,))
+        assert replay_serially(trace, machine, "lru").load_s == load_s
+
+
+def test_no_more_wait_than_may() -> None:
+    trace = small_trace([0] * 6 + [1] * 6, sizes=[5, 5], arrivals=[0.0] * 12)
+    machine = Machine(budgets=(10,), max_waiting=5, max_waiting_per_model=4)
+    outcome = replay_timed(trace, machine, "lru")
+    assert (outcome.served_count, outcome.refused) == (5, {"QUEUE_FULL": 7})
 
 
 def test_a_model_that_fits_nowhere_is_refused_before_anything_runs() -> None:
@@ -256,6 +283,22 @@ def test_reference_schedulers_evict_who_was_used_longest_ago_and_runs_not() -> N
     assert outcome.evictions == {"idle_for_model": 2}
 
 
+def test_who_cannot_be_loaded_yet_holds_up_others_or_those_of_its_devices() -> None:
+    # The first device loads until 5 s; 1 waits for it, and 2 is at home on the other.
+    made = small_trace(
+        [0, 1, 2],
+        sizes=[4, 4, 4],
+        loads=[5.0, 1.0, 1.0],
+        arrivals=[0.0, 1.0, 2.0],
+        runs=[0.5] * 3,
+    )
+    places = [((0,),), ((0,),), ((1,),)]
+    models = tuple(replace(m, places=p) for m, p in zip(made.models, places, strict=True))
+    trace, machine = replace(made, models=models), Machine(budgets=(8, 8))
+    assert replay_baseline(trace, machine, "fcfs+lru").wait_s.tolist() == [5.0, 5.0, 4.0]
+    assert replay_baseline(trace, machine, "fcfs-each+lru").wait_s.tolist() == [5.0, 5.0, 1.0]
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_reference_schedulers_serve_everybody(name: str) -> None:
     trace = family_trace("zipf:0.9", requests=2000, models=30, seed=4)
@@ -264,7 +307,7 @@ def test_reference_schedulers_serve_everybody(name: str) -> None:
     outcome = replay_baseline(trace, machine, name)
     assert outcome.served_count == 2000
     assert outcome.wait_s.min() >= 0
-    with pytest.raises(ValueError, match=r"there are fifo\+lru, fcfs\+lru"):
+    with pytest.raises(ValueError, match=r"there are fifo\+lru, fcfs\+lru, fcfs-each\+lru"):
         replay_baseline(trace, machine, "lru")
 
 
@@ -300,6 +343,15 @@ def test_a_spanning_model_holds_its_part_of_each_device(name: str) -> None:
     outcome = replay(spanning(made, {0: 2}), Machine(budgets=(10, 10)), name)
     assert outcome.load_count == 4
     assert outcome.eviction_count == 3
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_model_that_names_its_places_is_nowhere_else(name: str) -> None:
+    made = small_trace([0, 1, 0, 1], sizes=[6, 6], arrivals=[0.0, 2.0, 4.0, 6.0])
+    machine = Machine(budgets=(10, 10))
+    assert replay(made, machine, name).load_count == 2
+    at_home = replace(made, models=tuple(replace(m, places=((1,),)) for m in made.models))
+    assert replay(at_home, machine, name).load_count == 4, "the second device takes one of them"
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -375,6 +427,7 @@ def test_a_spanning_model_must_fit_on_as_many_devices() -> None:
         ({"budgets": (0,)}, "a budget is 1 to"),
         ({"budgets": (_core.MAX_BYTES + 1,)}, "a budget is 1 to"),
         ({"device_names": ("a", "b")}, "a name for each device"),
+        ({"above_tier": (True, False)}, "of each device if it is above the tier"),
         ({"slots": 0}, "at least one slot"),
         ({"unload_s": -1.0}, "unload_s is 0 to 3600"),
         ({"deadline_s": 0.0}, "deadline_s is above 0"),

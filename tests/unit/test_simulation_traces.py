@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def test_a_csv_trace_can_have_its_models_in_a_file_of_their_own(tmp_path: Path) 
         (HEADER + "0,a,1,-5,1\n", "t.csv:2: the size of model 'a' is -5 bytes"),
         (HEADER + f"0,a,1,{10**20},1\n", f"t.csv:2: the size of model 'a' is {10**20} bytes"),
         (HEADER + "0,a,1,5.5,1\n", "t.csv:2: size_bytes is '5.5': a whole number"),
+        (HEADER + f"0,a,1,{'9' * 31},1\n", f"t.csv:2: size_bytes is '{'9' * 31}': more than 30"),
         (HEADER.replace("bytes", "mb") + "0,a,1,1e308,1\n", "t.csv:2: the size of model 'a' is 1"),
         (HEADER.replace("bytes", "mb") + "0,a,1,-1e308,1\n", "t.csv:2: the size of model 'a' is -"),
         (HEADER + "0,a,1,,\n", "t.csv:2: size_bytes is '': a whole number"),
@@ -155,6 +157,104 @@ def test_an_archive_that_is_none_or_holds_objects_is_refused(tmp_path: Path) -> 
         read_trace(npz(tmp_path, k=np.array([{}, {}], dtype=object)))
 
 
+HEAD = "{'descr': '<f8', 'fortran_order': False, 'shape': (2,), }"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        HEAD[:-5],
+        "'''",
+        "{[]: 1}",
+        HEAD.replace("2,", f"{10**30},"),
+        HEAD.replace("2,", "True,"),
+        HEAD.replace("'<f8'", "('<f8',)"),
+        HEAD.replace("<f8", "<f8,("),
+        "[" * 3000,
+        "-" * 9000,
+    ],
+)
+def test_an_archive_whose_array_has_a_broken_head_is_refused(tmp_path: Path, head: str) -> None:
+    text = head.encode() + b"\n"
+    array = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(16)
+    path = with_member(npz(tmp_path), "t.npy", array)
+    with pytest.raises(TraceError) as refused:
+        read_trace(path)
+    error = str(refused.value)
+    assert error.startswith("t.npz: is no NumPy archive that can be read: ")
+    assert len(error) < 250 and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    "packed", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+)
+def test_an_archive_that_was_damaged_anywhere_is_read_or_refused(
+    tmp_path: Path, packed: int
+) -> None:
+    whole = with_member(npz(tmp_path), "", b"", packed).read_bytes()
+    damaged = tmp_path / "d.npz"
+    refused = 0
+    for at in range(0, len(whole), 7):
+        damaged.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            read_trace(damaged)
+        except TraceError as error:
+            refused += 1
+            assert str(error).startswith("d.npz: ") and len(str(error)) < 300
+    assert refused > 20
+
+
+def with_member(archive: Path, name: str, content: bytes, packed: int = zipfile.ZIP_STORED) -> Path:
+    """The archive, packed again, and with other content of one member."""
+    with zipfile.ZipFile(archive) as file:
+        members = {each: file.read(each) for each in file.namelist()}
+    if name:
+        members[name] = content
+    with zipfile.ZipFile(archive, "w", packed) as file:
+        for each, its in members.items():
+            file.writestr(each, its)
+    return archive
+
+
+def test_what_float64_cannot_hold_is_refused_without_a_warning(tmp_path: Path) -> None:
+    huge = np.array(["0", "1e4000"], dtype=np.longdouble)
+    with pytest.raises(TraceError, match="request 1 of arrays t, k, e: the execution time is inf"):
+        read_trace(npz(tmp_path, e=huge))
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "row"),
+    [
+        ("t.csv", HEADER, "0,a,1,5,1\n"),
+        ("t.jsonl", LOG_HEADER + LOG_MODEL, '{"t": 0, "model": "a", "run_s": 1}\n'),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_what_is_not_utf8_is_refused_by_its_line(
+    tmp_path: Path, name: str, head: str, row: str, end: str
+) -> None:
+    path = tmp_path / name
+    fine = (head + row * 400).replace("\n", end).encode()
+    path.write_bytes(fine + row.replace("a", "\xff").encode("latin-1"))
+    line = head.count("\n") + 401
+    with pytest.raises(TraceError, match=f"^{name}:{line}: is not UTF-8: "):
+        read_trace(path)
+    path.write_bytes(b"\xef\xbb\xbf" + fine)
+    assert len(read_trace(path)) == 400
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_no_more_of_a_line_is_read_than_one_may_have(tmp_path: Path, name: str) -> None:
+    text = (HEADER if name == "t.csv" else LOG_HEADER) + "," * 70_000
+    with pytest.raises(TraceError, match=f"^{name}:2: longer than 65536 characters$"):
+        read_trace(write(tmp_path, name, text))
+
+
+def test_what_is_wrong_with_a_folder_is_told_of_it() -> None:
+    with pytest.raises(TraceError, match=r"^\.: the name must end in"):
+        read_trace(Path())
+
+
 def test_what_a_log_writer_writes_is_read_in_order_of_arrival(tmp_path: Path) -> None:
     file = io.StringIO()
     writer = RequestLogWriter(file)
@@ -190,6 +290,26 @@ def test_what_a_log_writer_writes_is_read_in_order_of_arrival(tmp_path: Path) ->
         (LOG_HEADER + '{"t": 0, "model": "a", "run_s": 1}\n', "l.jsonl:2: no line says what"),
         (LOG_HEADER + LOG_MODEL + '{"t": 0, "model": "a", "run_s": 1, "x": 1}\n', "l.jsonl:3: unk"),
         (LOG_HEADER + LOG_MODEL + '{"t": -1, "model": "a", "run_s": 1}\n', "l.jsonl:3: t is -1"),
+        (
+            LOG_HEADER + LOG_MODEL + f'{{"t": -{10**4000}, "model": "a", "run_s": 1}}\n',
+            "l.jsonl:3: t is negative",
+        ),
+        (
+            LOG_HEADER
+            + LOG_MODEL.replace("5", str(10**4000), 1)
+            + '{"t": 0, "model": "a", "run_s": 1}\n',
+            "l.jsonl:2: the size of model 'a' is far too many bytes: ",
+        ),
+        (
+            LOG_HEADER
+            + LOG_MODEL.replace('"a"', '"\\ud800"')
+            + '{"t": 0, "model": "\\ud800", "run_s": 1}\n',
+            "l.jsonl:2: the model's name '\\ud800' has half a character",
+        ),
+        (
+            LOG_HEADER + f'{{"t": 0, "model": "{"a" * 9000}", "run_s": 1}}\n',
+            f"l.jsonl:2: no line says what model '{'a' * 40}' is",
+        ),
         (LOG_HEADER + LOG_MODEL + '{"t": NaN, "model": "a", "run_s": 1}\n', "l.jsonl:3: is no JS"),
         (LOG_HEADER + LOG_MODEL + '{"t": 1e400, "model": "a", "run_s": 1}\n', "l.jsonl:3: t is to"),
         (LOG_HEADER + LOG_MODEL + '{"t": true, "model": "a", "run_s": 1}\n', "l.jsonl:3: t must"),

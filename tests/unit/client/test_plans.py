@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import tomllib
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,7 +12,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from tests.support.fake_api import FakeServer, Handler, refuse, serving
+from tests.support.fake_api import FakeServer, Handler, refuse
 
 from modelyard import errors
 from modelyard.admin import UNSET, Admin
@@ -46,18 +45,6 @@ GPU_1 = device_pb2.Device(type=device_pb2.DEVICE_TYPE_GPU, index=1)
 CPU = device_pb2.Device(type=device_pb2.DEVICE_TYPE_CPU)
 BALANCED = AutomaticPlacement(strategy=PlacementStrategy.BALANCED)
 SPLIT = ComponentDevice.from_multiple(DeviceMap({"": Device.cpu(), "encoder": Device.gpu(1)}))
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with serving() as fake:
-        yield fake
-
-
-@pytest.fixture
-def admin(server: FakeServer) -> Iterator[Admin]:
-    with Admin(server.address) as made:
-        yield made
 
 
 class TestValues:

@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from tests.support.fake_api import FakeServer, refuse, serving
+from tests.support.fake_api import FakeServer, refuse
 
 from modelyard import (
     AsyncClient,
@@ -30,12 +30,6 @@ from modelyard.v1 import error_reason_pb2
 from modelyard.v1 import inference_service_pb2 as pb
 
 Ask = Callable[..., list[Prediction | ModelyardError]]
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with serving() as fake:
-        yield fake
 
 
 @pytest.fixture(params=["blocking", "async"])

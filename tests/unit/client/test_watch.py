@@ -17,7 +17,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from tests.support.fake_api import FakeServer, Handler, refuse, serving, start
+from tests.support.fake_api import FakeServer, Handler, refuse, start
 
 import modelyard
 from modelyard import errors
@@ -38,18 +38,6 @@ from modelyard.watch import EventWatch
 
 EventsResponse = admin_service_pb2.WatchEventsResponse
 ResidenciesResponse = residency_service_pb2.WatchResidenciesResponse
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with serving() as fake:
-        yield fake
-
-
-@pytest.fixture
-def admin(server: FakeServer) -> Iterator[Admin]:
-    with Admin(server.address) as made:
-        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -10,34 +10,15 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from tests.support.fake_api import FakeServer, refuse, serving
+from tests.support.fake_api import FakeServer, refuse
 
-from modelyard import (
-    Admin,
-    QueueFull,
-    RecordedModel,
-    RecordedRequest,
-    RequestRecords,
-    ServerError,
-)
+from modelyard import Admin, QueueFull, RecordedModel, RecordedRequest, RequestRecords, ServerError
 from modelyard.v1 import admin_service_pb2 as pb
 from modelyard.v1 import error_reason_pb2
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 START = Timestamp()
 START.FromDatetime(NOON)
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with serving() as fake:
-        yield fake
-
-
-@pytest.fixture
-def admin(server: FakeServer) -> Iterator[Admin]:
-    with Admin(server.address) as made:
-        yield made
 
 
 def telling(*messages: pb.WatchRequestsResponse) -> Callable[[Any, Any], Iterator[Any]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
-from tests.support.fake_api import FakeServer, serving
+from tests.support.fake_api import FakeServer
 
 from modelyard import (
     Admin,
@@ -30,12 +30,6 @@ from modelyard._target_messages import put_target, target_from
 from modelyard.v1 import route_pb2
 
 VERSIONS = VersionsTarget.of({"v1": "a", "v2": "routes/r"}, current="v1")
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with serving() as fake:
-        yield fake
 
 
 TARGETS: list[tuple[RouteTarget, dict[str, Any]]] = [

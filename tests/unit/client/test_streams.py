@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from tests.support.fake_api import FakeServer, refuse, serving
+from tests.support.fake_api import FakeServer, refuse
 from tests.support.server import eventually
 
 from modelyard import (
@@ -148,12 +148,6 @@ async def _done(close: Callable[[], Any]) -> None:
         await asyncio.wait_for(close(), PATIENCE_S)
     else:
         await asyncio.wait_for(asyncio.to_thread(close), PATIENCE_S)
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with serving() as fake:
-        yield fake
 
 
 @pytest.fixture
