@@ -30,8 +30,9 @@ struct Wish {
 /// What following a policy would have cost on its own, and what LRU would have: in seconds of
 /// loading, each from its own shadow cache, since the policy was made.
 struct ShadowSeconds {
-  double own{0};
+  double own{0};  ///< What its leaders' shadows have paid, each while it led.
   double lru{0};
+  double yard{0};  ///< What the yard itself has paid: with what it holds of former leaders.
 };
 
 /// Says which resident model is worth least.

@@ -46,10 +46,10 @@ double Shadow::access(const History& history, const Footprints& footprints, cons
     return 0;
   }
   if (there) leave(before, wish.entry);
-  if (!missing(*wish.held, footprints.budgets()).empty())
-    make_room(history, footprints, *wish.held, now);
+  const Charge need = missing_for(*wish.held, used_, footprints.budgets());
+  if (!need.empty()) make_room(history, footprints, need, now);
   // What is larger than a budget is nowhere, and costs its load each time.
-  if (missing(*wish.held, footprints.budgets()).empty()) enter(history, wish);
+  if (missing_for(*wish.held, used_, footprints.budgets()).empty()) enter(history, wish);
   return there ? 0 : wish.reload_seconds;
 }
 
@@ -95,17 +95,6 @@ void Shadow::leave(const Footprint& footprint, EntryIndex entry) {
     values->pop_back();
   }
   if (members_.empty()) content_seconds_ = 0;  // What rounding has left.
-}
-
-Charge Shadow::missing(const Charge& wanted, std::span<const Bytes> budgets) const {
-  Charge missing;
-  for (std::size_t i = 0; i < budgets.size(); ++i) {
-    const auto device = static_cast<DeviceIndex>(i);
-    const std::int64_t over = used_[i] + wanted.on(device).value - budgets[i].value;
-    // Also what it does not touch, if a budget was lowered.
-    if (over > 0) missing.set(device, Bytes{std::min(over, kMaxBytes)});
-  }
-  return missing;
 }
 
 // What each member is worth for what it holds where bytes are missing.
@@ -183,16 +172,13 @@ void Shadow::choose_leavers(const Footprints& footprints, const Charge& need) {
     worths_[place] = kNotToLeave;
   }
   if (!left.empty()) {
-    const auto later = [](const Leaving& a, const Leaving& b) {
-      return a.worth != b.worth ? a.worth > b.worth : a.entry > b.entry;
-    };
     heap_.clear();
     for (std::size_t i = 0; i < worths_.size(); ++i) {
       if (worths_[i] != kNotToLeave) heap_.push_back({worths_[i], members_[i]});
     }
-    std::make_heap(heap_.begin(), heap_.end(), later);
+    std::make_heap(heap_.begin(), heap_.end(), goes_later);
     for (auto end = heap_.end(); !left.empty() && end != heap_.begin(); --end) {
-      std::pop_heap(heap_.begin(), end, later);
+      std::pop_heap(heap_.begin(), end, goes_later);
       take(*(end - 1));
     }
   }
@@ -201,9 +187,8 @@ void Shadow::choose_leavers(const Footprints& footprints, const Charge& need) {
 
 // The lowest worth first, only where bytes are still missing; then gives back, the highest first,
 // who turned out not to be needed.
-void Shadow::make_room(const History& history, const Footprints& footprints, const Charge& wanted,
+void Shadow::make_room(const History& history, const Footprints& footprints, const Charge& need,
                        RequestClock now) {
-  const Charge need = missing(wanted, footprints.budgets());
   if (expert_->draws_curves()) {
     value_members(footprints, need, now);
     choose_leavers(footprints, need);
@@ -217,25 +202,11 @@ void Shadow::make_room(const History& history, const Footprints& footprints, con
     }
   }
   if (leavers_.empty()) return;
-  Charge spare;
-  need.for_each([&](DeviceIndex d, Bytes amount) {
-    Bytes freed{};
-    for (const Leaving& each : leavers_) freed += footprints.of(each.entry).held.on(d);
-    spare.set(d, std::min(freed - amount, Bytes{kMaxBytes}));
-  });
   double highest = 0;
-  for (auto it = leavers_.rbegin(); it != leavers_.rend(); ++it) {
-    const Footprint& footprint = footprints.of(it->entry);
-    bool needed = false;
-    need.for_each(
-        [&](DeviceIndex d, Bytes) { needed = needed || footprint.held.on(d) > spare.on(d); });
-    if (!needed) {
-      spare.reduce(footprint.held);
-      continue;
-    }
-    highest = std::max(highest, it->worth);
-    leave(footprint, it->entry);
-  }
+  each_needed(leavers_, footprints, need, [&](const Leaving& each) {
+    highest = std::max(highest, each.worth);
+    leave(footprints.of(each.entry), each.entry);
+  });
   expert_->on_evict(highest);
 }
 

@@ -3,13 +3,13 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <span>
 #include <vector>
 
 #include "modelyard/charge.hpp"
 #include "policies/expert.hpp"
 #include "policies/footprints.hpp"
 #include "policies/history.hpp"
+#include "policies/leaving.hpp"
 
 namespace modelyard {
 
@@ -53,22 +53,16 @@ class Shadow {
   // Members that an expert without curves is asked about, about, when room is made.
   static constexpr std::size_t kMostAsked = 512;
 
-  struct Leaving {
-    double worth;
-    EntryIndex entry;
-  };
-
   void enter(const History& history, const Wish& wish);
   void leave(const Footprint& footprint, EntryIndex entry);
   void set_curve(const History& history, EntryIndex entry, double weight, double reload_seconds);
-  void make_room(const History& history, const Footprints& footprints, const Charge& wanted,
+  void make_room(const History& history, const Footprints& footprints, const Charge& need,
                  RequestClock now);
   void value_members(const Footprints& footprints, const Charge& need, RequestClock now);
   void ask_expert(const History& history, const Footprints& footprints, const Charge& need,
                   RequestClock now, std::size_t step);
   void choose_leavers(const Footprints& footprints, const Charge& need);
   [[nodiscard]] std::size_t least_worth() const;
-  [[nodiscard]] Charge missing(const Charge& wanted, std::span<const Bytes> budgets) const;
 
   std::unique_ptr<Expert> expert_;
   std::vector<std::uint32_t> places_;  // By entry: where it is among the members.
