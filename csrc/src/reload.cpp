@@ -1,6 +1,7 @@
 #include "modelyard/reload.hpp"
 
 #include <algorithm>
+#include <limits>
 
 namespace modelyard {
 namespace {
@@ -12,9 +13,11 @@ void learn(double& mean, double value) {
   mean = mean == 0 ? value : (1 - kSecondsAlpha) * mean + kSecondsAlpha * value;
 }
 
-double rate(double seconds, Bytes bytes) {
-  return seconds / static_cast<double>(std::max<std::int64_t>(bytes.value, 1));
+double at_least_one(Bytes bytes) {
+  return static_cast<double>(std::max<std::int64_t>(bytes.value, 1));
 }
+
+double rate(double seconds, Bytes bytes) { return seconds / at_least_one(bytes); }
 
 }  // namespace
 
@@ -30,9 +33,15 @@ std::string_view to_string(Source source) {
   return "?";
 }
 
-void ReloadTimes::measured(Source source, double seconds) {
+void ReloadTimes::measured(Source source, double seconds, Bytes bytes) {
+  if (source != Source::kCopy) {
+    bytes_ = bytes;
+    if (++files_ == 2) {
+      by_[static_cast<std::size_t>(Source::kStorage)] = 0;
+      by_[static_cast<std::size_t>(Source::kPageCache)] = 0;
+    }
+  }
   learn(by_[static_cast<std::size_t>(source)], std::max(seconds, kLeastSeconds));
-  if (source != Source::kCopy) ++files_;
 }
 
 double ReloadTimes::from_files(double cached_share) const {
@@ -50,14 +59,21 @@ void TransferPrices::loaded(Source source, double seconds, Bytes bytes, bool aga
   } else if (again) {
     const double found = source == Source::kPageCache ? 1 : 0;
     cached_share_ += kCachedAlpha * (found - cached_share_);
-    learn(file_rate_, rate(seconds, bytes));
+    learn(file_seconds_, seconds);
+    learn(file_bytes_, at_least_one(bytes));
   }
 }
 
 void TransferPrices::kept(double seconds, Bytes bytes) { learn(keep_rate_, rate(seconds, bytes)); }
 
-double TransferPrices::file_seconds(Bytes bytes) const {
-  return file_rate_ * static_cast<double>(bytes.value);
+double TransferPrices::likely_file_seconds(Bytes bytes) const {
+  if (file_bytes_ == 0) return std::numeric_limits<double>::infinity();
+  return file_seconds_ * std::max(1.0, static_cast<double>(bytes.value) / file_bytes_);
+}
+
+double TransferPrices::file_seconds(const ReloadTimes& times, double believed) const {
+  const double own = times.from_files(cached_share_);
+  return times.is_first() ? std::min(own, believed * likely_file_seconds(times.bytes())) : own;
 }
 
 double TransferPrices::copy_seconds(Bytes bytes, double from_files) const {

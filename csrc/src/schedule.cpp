@@ -111,6 +111,16 @@ bool Yard::is_within_reach(const Entry& entry, Tick deadline) const {
          reach(entry) <= seconds_of(std::max(deadline - now_, Duration::zero()));
 }
 
+Refuse Yard::too_late(const Entry& entry) const {
+  Refuse refusal;
+  const bool loads = entry.state == State::kLoading;
+  refusal.reason = loads ? RefuseReason::kDeadlineInLoad : RefuseReason::kDeadlineInQueue;
+  const double load = entry.state == State::kResident ? 0 : entry.reload_seconds;
+  const double left = loads ? load - seconds_of(now_ - entry.load_began) : load;
+  refusal.retry_after = std::max<Duration>(from_seconds(std::max(left, 0.0)), kLeastRetry);
+  return refusal;
+}
+
 Refuse Yard::out_of_reach(const Entry& entry, Tick deadline) const {
   Refuse refusal;
   refusal.reason = RefuseReason::kDeadlineUnreachable;

@@ -14,6 +14,9 @@ namespace {
 
 // While a model is on a device, its copy is worth a part of what it will be worth afterwards.
 constexpr double kWorthWhileResident = 0.25;
+// How much more than what is likely a copy's worth believes of a first load: while there is a copy
+// nobody would find out that only the first load from files took so long.
+constexpr double kNoMoreThanLikely = 1;
 
 }  // namespace
 
@@ -29,14 +32,14 @@ Bytes Yard::weight_of(const Entry& entry) const {
   return sum;
 }
 
-double Yard::seconds_from_files(const Entry& entry) const {
-  return entry.times.from_files(prices_.cached_share());
+double Yard::seconds_from_files(const Entry& entry, double believed) const {
+  return prices_.file_seconds(entry.times, believed);
 }
 
 double Yard::seconds_from_copy(const Entry& entry) const {
   const double measured = entry.times.from_copy();
-  return measured > 0 ? measured
-                      : prices_.copy_seconds(weight_of(entry), seconds_from_files(entry));
+  if (measured > 0) return measured;
+  return prices_.copy_seconds(weight_of(entry), entry.times.from_files(prices_.cached_share()));
 }
 
 // Something has been learned about a model's loads, or a copy has come or gone.
@@ -45,6 +48,15 @@ void Yard::reprice(Entry& entry) {
       entry.copy.state == CopyState::kMaking || entry.copy.state == CopyState::kKept;
   entry.reload_seconds =
       std::max(copied ? seconds_from_copy(entry) : seconds_from_files(entry), kLeastSeconds);
+}
+
+// What reloads take has been learned: models that were loaded once may be thought too dear. What is
+// kept too long for it would never be loaded again, and nobody would find out.
+void Yard::reprice_firsts() {
+  for (EntryIndex i = 0; i < entries_.slot_count(); ++i) {
+    Entry* entry = entries_.at(i);
+    if (entry != nullptr && entry->times.is_first()) reprice(*entry);
+  }
 }
 
 // What a copy of a model that is leaving holds alone: as much as the last one, or what the model
@@ -83,11 +95,7 @@ Bytes Yard::copy_exclusive(ModelId model) const {
 // Seconds that a copy is expected to save at the next load; the more it costs to make it, the less
 // there is in it.
 double Yard::worth_of_copy(const Entry& entry) const {
-  double files = seconds_from_files(entry);
-  // While there is a copy nobody would find out that only the first load from files took so long.
-  const double usual = prices_.file_seconds(weight_of(entry));
-  if (entry.times.is_first() && usual > 0) files = std::min(files, usual);
-  return files - seconds_from_copy(entry);
+  return seconds_from_files(entry, kNoMoreThanLikely) - seconds_from_copy(entry);
 }
 
 bool Yard::may_be_copied(const Entry& entry) const {

@@ -96,10 +96,7 @@ void Yard::expire(Actions& out) {
   while (!deadlines_.empty() && deadlines_.begin()->first <= now_) {
     const TicketId ticket = deadlines_.begin()->second;
     const Entry& entry = entry_at(tickets_.find(ticket)->entry);
-    Refuse refusal;
-    refusal.reason = entry.state == State::kLoading ? RefuseReason::kDeadlineInLoad
-                                                    : RefuseReason::kDeadlineInQueue;
-    refuse(ticket, refusal, out);
+    refuse(ticket, too_late(entry), out);
     pass_owed_ = true;
   }
 }

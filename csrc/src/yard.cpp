@@ -411,9 +411,7 @@ Result<TicketId> Yard::request(ModelId model, Tick now, Tick deadline, Actions& 
 
   Refuse refusal;
   if (deadline <= now_) {
-    refusal.reason = entry->state == State::kLoading ? RefuseReason::kDeadlineInLoad
-                                                     : RefuseReason::kDeadlineInQueue;
-    refuse(ticket, refusal, out);
+    refuse(ticket, too_late(*entry), out);
   } else if (entry->state == State::kResident && !is_within_reach(*entry, deadline)) {
     refuse(ticket, out_of_reach(*entry, deadline), out);
   } else if (entry->state == State::kResident) {
@@ -525,9 +523,12 @@ Status Yard::load_done(ModelId model, Tick now, const Charge& actual, Duration t
   entry->failure_count = 0;
 
   const double measured = std::max(seconds_of(took), kLeastSeconds);
-  entry->times.measured(source, measured);
-  prices_.loaded(source, measured, weight_of(*entry), entry->load_count > 0);
+  const Bytes weight = weight_of(*entry);
+  const bool again = entry->load_count > 0;
+  entry->times.measured(source, measured, weight);
+  prices_.loaded(source, measured, weight, again);
   reprice(*entry);
+  if (again && source != Source::kCopy) reprice_firsts();
   ++entry->load_count;
   ++counters_.load_count;
   if (source == Source::kCopy) ++counters_.promotion_count;

@@ -161,9 +161,11 @@ class ActionReferee : protected ErrorReferee {
         return unless(refusal.retry_after > Duration::zero(), "when it could is not said");
       case RefuseReason::kDeadlineInQueue:
         if (now_ < deadline) return "the deadline has not passed";
+        if (refusal.retry_after <= Duration::zero()) return "when to come again is not said";
         return unless(phase != Phase::kLoading, "the model is loading");
       case RefuseReason::kDeadlineInLoad:
         if (now_ < deadline) return "the deadline has not passed";
+        if (refusal.retry_after <= Duration::zero()) return "when to come again is not said";
         return unless(phase == Phase::kLoading, "the model is not loading");
       case RefuseReason::kRemoved:
         return unless(model.removed, "the model is not removed");

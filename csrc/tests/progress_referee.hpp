@@ -141,8 +141,11 @@ class ProgressReferee : protected StateReferee {
       if (model.phase != Phase::kDraining && model.phase != Phase::kUnloading) {
         return describe(id) + " was given away and stays";
       }
-      if (yard.work_seconds(entry->home) <= kBehindSeconds) return "its device is not behind";
-      return unless(entry->home != entry->meant_for && may_be_on(model, position(entry->meant_for)),
+      // Where it is now: it may have held nothing when it was loaded, and has no home then.
+      DeviceIndex from = model.held_shares_on;
+      model.held.for_each([&](DeviceIndex device, Bytes) { from = device; });
+      if (yard.work_seconds(from) <= kBehindSeconds) return "its device is not behind";
+      return unless(from != entry->meant_for && may_be_on(model, position(entry->meant_for)),
                     describe(id) + " was given away to where it may not be");
     }
     return "nobody was given away";

@@ -39,6 +39,7 @@ class Referee::Judge : private ProgressReferee {
   using TierReferee::tier;
   using TierReferee::tier_budget;
   using TierReferee::unrest;
+  using TierReferee::was_loaded;
 
   [[nodiscard]] Verdict judge(const Event& event, const Outcome& outcome, const Yard& yard);
 };
@@ -115,6 +116,8 @@ DeviceIndex Referee::tier() const { return judge_->tier(); }
 Bytes Referee::tier_budget() const { return judge_->tier_budget(); }
 
 Bytes Referee::copy_exclusive(ModelId id) const { return judge_->copy_exclusive(id); }
+
+bool Referee::was_loaded(ModelId id) const { return judge_->was_loaded(id); }
 
 Referee::Verdict Referee::unrest() const { return judge_->unrest(); }
 

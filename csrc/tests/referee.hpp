@@ -60,6 +60,7 @@ class Referee {
   [[nodiscard]] DeviceIndex tier() const;
   [[nodiscard]] Bytes tier_budget() const;
   [[nodiscard]] Bytes copy_exclusive(ModelId id) const;
+  [[nodiscard]] bool was_loaded(ModelId id) const;
   [[nodiscard]] Verdict unrest() const;
   [[nodiscard]] const std::map<TicketId, std::pair<ModelId, Tick>>& tickets() const;
   [[nodiscard]] const std::map<LeaseId, ModelId>& leases() const;

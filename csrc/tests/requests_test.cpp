@@ -139,6 +139,65 @@ TEST(Yard, LearnsWhatAReloadCosts) {
   EXPECT_GE(h.entry(a).reload_seconds, 2);
 }
 
+// Loads a model, which takes so long, and lets it go again.
+void load(Harness& h, ModelId model, Duration took) {
+  const TicketId ticket = h.request(model);
+  EXPECT_FALSE(h.load_done(model, h.held(model), took));
+  EXPECT_FALSE(h.release(ticket));
+  EXPECT_FALSE(h.unload(model));
+  h.finish_io();
+}
+
+TEST(FirstLoad, IsThePriceUntilTheSecondOnly) {
+  Harness h(options({100}));
+  const ModelId a = h.add("a", charge({{0, 60}}));
+  load(h, a, milliseconds{1137});
+  EXPECT_DOUBLE_EQ(h.entry(a).reload_seconds, 1.137);
+  load(h, a, milliseconds{6});
+  EXPECT_DOUBLE_EQ(h.entry(a).reload_seconds, 0.006);
+  load(h, a, milliseconds{10});
+  EXPECT_DOUBLE_EQ(h.entry(a).reload_seconds, 0.7 * 0.006 + 0.3 * 0.010);
+}
+
+TEST(FirstLoad, OfAModelThatStaysIsDoubtedOnceAReloadOfAnotherWasMeasured) {
+  Harness h(options({200}));
+  const ModelId a = h.add("a", charge({{0, 60}}));
+  const ModelId b = h.add("b", charge({{0, 60}}));
+  const TicketId ticket = h.request(a);
+  EXPECT_FALSE(h.load_done(a, charge({{0, 60}}), milliseconds{1137}));
+  load(h, b, milliseconds{200});
+  EXPECT_DOUBLE_EQ(h.entry(a).reload_seconds, 1.137) << "another first load is no measure";
+  load(h, b, milliseconds{6});
+  EXPECT_DOUBLE_EQ(h.entry(a).reload_seconds, 4 * 0.006);
+  load(h, b, seconds{1});
+  EXPECT_DOUBLE_EQ(h.entry(a).reload_seconds, 1.137) << "that is what reloads may take after all";
+  EXPECT_FALSE(h.release(ticket));
+}
+
+TEST(FirstLoad, ThatIsNotThatMuchDearerIsBelieved) {
+  Harness h(options({200}));
+  const ModelId a = h.add("a", charge({{0, 60}}));
+  const ModelId b = h.add("b", charge({{0, 60}}));
+  load(h, a, milliseconds{3900});
+  load(h, b, seconds{1});
+  load(h, b, seconds{1});
+  EXPECT_DOUBLE_EQ(h.entry(a).reload_seconds, 3.9);
+}
+
+TEST(FirstLoad, PutsADeadlineOutOfReachOnlyUntilReloadsAreKnown) {
+  for (const bool is_known : {false, true}) {
+    Harness h(options({200}));
+    const ModelId a = h.add("a", charge({{0, 60}}));
+    const ModelId b = h.add("b", charge({{0, 60}}));
+    load(h, a, seconds{60});
+    load(h, b, seconds{1});
+    if (is_known) load(h, b, seconds{1});
+    const TicketId ticket = h.request(a, h.now() + seconds{9});
+    EXPECT_EQ(h.refused(ticket), !is_known);
+    EXPECT_EQ(h.waiting(ticket), is_known);
+  }
+}
+
 // --- Refusals -----------------------------------------------------------------------------------
 
 TEST(Yard, WhatCanNeverFitIsRefusedAtOnceAndDisturbsNobody) {

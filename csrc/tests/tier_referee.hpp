@@ -51,6 +51,9 @@ class TierReferee : protected Books {
     return Bytes{total};
   }
 
+  /// A load of it has been measured.
+  [[nodiscard]] bool was_loaded(ModelId model) const { return prices_.was_loaded(model); }
+
   /// What a rest may not find: an unload that is held back, a copy on its way in or out.
   [[nodiscard]] Verdict unrest() const {
     for (const auto& [id, model] : models_) {
@@ -221,7 +224,7 @@ class TierReferee : protected Books {
   // The facts of load_done that need the model as it is after it.
   void believe_times(const Event& event) {
     const Model& model = models_.at(event.model);
-    prices_.loaded(event.model, event.source, event.took, weight_of(model));
+    taught_ = prices_.loaded(event.model, event.source, event.took, weight_of(model));
   }
 
   // --- Actions ----------------------------------------------------------------------------------
@@ -284,7 +287,7 @@ class TierReferee : protected Books {
       return false;
     }
     const std::int64_t bytes = weight_of(model);
-    const double files = prices_.from_files(id, bytes);
+    const double files = prices_.from_files(id);
     return prices_.from_copy(id, bytes) >= files * (1 - 1e-9);
   }
 
@@ -361,20 +364,24 @@ class TierReferee : protected Books {
     return std::nullopt;
   }
 
-  // What a load is expected to take, right after one was measured.
+  // What a load is expected to take, right after one was measured; also of other models that were
+  // loaded once only, if that one has taught what reloads take.
   [[nodiscard]] Verdict check_price(const Event& event, const Yard& yard) const {
-    const auto found = models_.find(event.model);
-    if (event.kind != EventKind::kLoadDone || found == models_.end()) return std::nullopt;
-    const Model& model = found->second;
-    const bool copied =
-        model.copy.phase == CopyPhase::kMaking || model.copy.phase == CopyPhase::kKept;
-    const double expected = std::max(copied ? prices_.from_copy(event.model, weight_of(model))
-                                            : prices_.own_from_files(event.model),
-                                     1e-6);
-    const double told = yard.entry(event.model)->reload_seconds;
-    if (told > expected * 0.999999 && told < expected * 1.000001) return std::nullopt;
-    return "a load is expected to take " + std::to_string(told) + " s instead of " +
-           std::to_string(expected);
+    if (event.kind != EventKind::kLoadDone) return std::nullopt;
+    for (const auto& [id, model] : models_) {
+      const Entry* entry = yard.entry(id);
+      const bool copied =
+          model.copy.phase == CopyPhase::kMaking || model.copy.phase == CopyPhase::kKept;
+      const bool told = id == event.model || (taught_ && !copied && prices_.was_loaded_once(id));
+      if (!told || entry == nullptr) continue;
+      const double expected = std::max(
+          copied ? prices_.from_copy(id, weight_of(model)) : prices_.expected_from_files(id), 1e-6);
+      const double said = entry->reload_seconds;
+      if (said > expected * 0.999999 && said < expected * 1.000001) continue;
+      return describe(id) + ": a load is expected to take " + std::to_string(said) +
+             " s instead of " + std::to_string(expected);
+    }
+    return std::nullopt;
   }
 
  private:
@@ -402,9 +409,9 @@ class TierReferee : protected Books {
   // Above zero if a copy clearly saves more seconds than it takes, below if clearly not, else zero.
   [[nodiscard]] int pays(ModelId id, const Model& model) const {
     const std::int64_t bytes = weight_of(model);
-    const double gain = prices_.from_files(id, bytes) - prices_.from_copy(id, bytes);
+    const double gain = prices_.from_files(id) - prices_.from_copy(id, bytes);
     const double cost = prices_.keeping(bytes);
-    const double doubt = 1e-9 * (prices_.from_files(id, bytes) + cost);
+    const double doubt = 1e-9 * (prices_.from_files(id) + cost);
     if (gain > cost + doubt) return 1;
     return gain < cost - doubt ? -1 : 0;
   }
@@ -603,6 +610,7 @@ class TierReferee : protected Books {
   std::int64_t padding_;
   std::vector<bool> above_;
   PriceBook prices_;
+  bool taught_{false};              // By the last load: what reloads from files take.
   std::vector<ModelId> held_back_;  // Oldest first, while `in_order_`.
   bool in_order_{true};
 

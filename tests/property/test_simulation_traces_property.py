@@ -27,13 +27,20 @@ MODELS = st.lists(
     unique_by=lambda model: model[0],
 )
 CELLS = st.sampled_from(
-    ["", "0", "1", "-1", "nan", "inf", "1e400", "1e308", "9" * 40, "a", '"', "\0", "é", "1_0", " "]
+    [
+        *("", "0", "1", "-1", "nan", "inf", "1e400", "1e308", "9" * 40, "a", '"', "\0", "é", "1_0"),
+        *(" ", "cuda:0|cpu", "cuda:1+cuda:1", "+", "|", "cuda:0+disk", "devices/cuda-0"),
+    ]
 )
 TOKENS = st.sampled_from(
     [
         *('{"t": 0, "model": "a", "run_s": 1}', '{"model": "a", "size_bytes": 1, "load_s": 1}'),
         *('{"modelyard_record": 1}', "{}", "[]", "null", "1" * 5000, '{"t": ', "\0", "NaN", "\n"),
         *('{"t": 1e999, "model": "a", "run_s": 1}', '{"model": [], "size_bytes": {}}'),
+        *(
+            '{"model": "a", "size_bytes": 1, "places": [["cpu"], []]}',
+            '{"model": "a", "size_bytes": 1, "load_s": 1, "places": [["cpu"], ["cuda:0"]]}',
+        ),
         '{"t": ' + "9" * 400 + ', "model": "a", "run_s": 1}',
     ]
 )
@@ -73,7 +80,7 @@ def test_what_is_written_is_read(
 @here
 @given(rows=st.lists(st.lists(CELLS, min_size=4, max_size=6), max_size=6))
 def test_any_csv_is_read_or_refused(tmp_path: Path, rows: list[list[str]]) -> None:
-    for size in ("size_bytes", "size_mb"):
+    for size in ("size_bytes", "size_mb", "places,size_mb"):
         text = "\n".join(map(",".join, rows))
         path = tmp_path / "t.csv"
         path.write_text(f"time,model,execution_s,{size},load_s\n{text}", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +18,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.support.naive_yard import Actions, Disagreement, NaiveTicket, NaiveYard, plus
+from tests.support.naive_yard import (
+    Actions,
+    Disagreement,
+    NaiveModel,
+    NaiveTicket,
+    NaiveYard,
+    plus,
+)
 
 from modelyard_server import _core
 from modelyard_server._core import LoadFailure, State
@@ -178,7 +186,8 @@ class YardMachine(RuleBasedStateMachine):
     def load_done(self, pick: int, how: str, by: int) -> None:
         model = self._pick(pick, State.LOADING)
         actual = self._measured(self.naive.models[model].held, how, by)
-        took_s = 0.25 * by * by
+        # What only a first load does takes longer than all the rest.
+        took_s = 0.25 * by * by * (1 if self.naive.models[model].load_count else 40)
         actions = self.yard.load_done(model, self.now, actual, took_s)
         self.naive.load_done(model, self.now, actual, took_s, actions)
         self.settle(grows=True)
@@ -385,6 +394,7 @@ class YardMachine(RuleBasedStateMachine):
             assert entry.waiting_count == len(mine.waiting)
             assert (entry.pinned, entry.removed) == (mine.pinned, mine.removed)
             assert entry.load_count == mine.load_count
+            assert math.isclose(entry.reload_seconds, mine.reload_s, rel_tol=1e-9)
             assert entry.failure_count == mine.failure_count
             if mine.state == State.FAILED:
                 assert entry.retry_at_ns == mine.retry_at
@@ -510,6 +520,23 @@ class TrustsEstimates(NaiveYard):
         return
 
 
+class MixesFirstLoads(NaiveYard):
+    """Expects later loads to be like the first one."""
+
+    def _learn_seconds(self, entry: NaiveModel, took_s: float, size: int) -> None:
+        entry.reload_s = 0.7 * entry.reload_s + 0.3 * took_s if entry.load_count else took_s
+
+
+class BelievesFirstLoads(NaiveYard):
+    """Does not doubt a first load because of what others' reloads take."""
+
+    def _learn_seconds(self, entry: NaiveModel, took_s: float, size: int) -> None:
+        super()._learn_seconds(entry, took_s, size)
+        for model in self.models.values():
+            if model.first_load is not None:
+                model.reload_s = model.first_load[0]
+
+
 class ForgetsBackOff(NaiveYard):
     """Tries a broken model again at once."""
 
@@ -521,7 +548,15 @@ class ForgetsBackOff(NaiveYard):
 
 @pytest.mark.parametrize(
     "mistaken",
-    [ForgetsQuarantine, GrantsOneWaiter, KeepsFailedReservation, TrustsEstimates, ForgetsBackOff],
+    [
+        ForgetsQuarantine,
+        GrantsOneWaiter,
+        KeepsFailedReservation,
+        TrustsEstimates,
+        MixesFirstLoads,
+        BelievesFirstLoads,
+        ForgetsBackOff,
+    ],
 )
 def test_a_seeded_mistake_is_found(mistaken: type[NaiveYard]) -> None:
     class Mistaken(YardMachine):

@@ -549,9 +549,11 @@ class Yard {
   // The host tier.
   [[nodiscard]] Bytes weight_of(const Entry& entry) const;
   [[nodiscard]] Bytes own_of_copy(const Entry& entry) const;
-  [[nodiscard]] double seconds_from_files(const Entry& entry) const;
+  [[nodiscard]] double seconds_from_files(const Entry& entry,
+                                          double believed = kFirstBelieved) const;
   [[nodiscard]] double seconds_from_copy(const Entry& entry) const;
   void reprice(Entry& entry);
+  void reprice_firsts();
   [[nodiscard]] Bytes room_for_copy(const Entry& entry) const;
   [[nodiscard]] Charge exclusive_of(const Copy& copy) const;
   [[nodiscard]] double worth_of_copy(const Entry& entry) const;
@@ -584,6 +586,8 @@ class Yard {
   [[nodiscard]] double reach(const Entry& entry) const;
   [[nodiscard]] bool is_within_reach(const Entry& entry, Tick deadline) const;
   [[nodiscard]] Refuse out_of_reach(const Entry& entry, Tick deadline) const;
+  /// For a deadline that has passed: the model may be there once it has been loaded.
+  [[nodiscard]] Refuse too_late(const Entry& entry) const;
   [[nodiscard]] Duration channels_free_in(const Charge& touched) const;
   // kNoDevice if the charge is empty.
   [[nodiscard]] static DeviceIndex first_of(const Charge& charge) {

@@ -59,10 +59,16 @@ def refusal_of(
                 retry_after_s=refuse.retry_after_ns * 1e-9,
             )
         case why.DEADLINE_IN_QUEUE:
-            return Refusal(Reason.DEADLINE_IN_QUEUE, "the deadline passed while waiting for memory")
+            return Refusal(
+                Reason.DEADLINE_IN_QUEUE,
+                "the deadline passed while waiting for memory",
+                retry_after_s=refuse.retry_after_ns * 1e-9,
+            )
         case why.DEADLINE_IN_LOAD:
             return Refusal(
-                Reason.DEADLINE_IN_LOAD, "the deadline passed while the model was being loaded"
+                Reason.DEADLINE_IN_LOAD,
+                "the deadline passed while the model was being loaded",
+                retry_after_s=refuse.retry_after_ns * 1e-9,
             )
         case _:
             return Refusal(
