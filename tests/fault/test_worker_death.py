@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -363,14 +364,16 @@ async def test_files_that_end_the_worker_that_reads_them_end_no_models_worker(
 async def test_a_look_at_files_that_waits_behind_others_is_not_lost_with_them(
     tmp_path: Path,
 ) -> None:
-    gate = str(tmp_path / "gate")
+    paths = [tmp_path / f"gate-{i}" for i in range(4)]
     async with running_processes(odd_devices("")) as engine:
-        with closed_gate(tmp_path / "gate") as barrier:
+        with ExitStack() as stack:
+            gates = [stack.enter_context(closed_gate(path)) for path in paths]
             # As many as look at files at once, and one that waits behind each of them.
-            spec = odd(at={"price": "exit"}, gate=gate, gate_at="price")
-            culprits = [asyncio.create_task(engine.price(spec)) for _ in range(4)]
+            specs = [odd(at={"price": "exit"}, gate=str(path), gate_at="price") for path in paths]
+            culprits = [asyncio.create_task(engine.price(spec)) for spec in specs]
             behind = [asyncio.create_task(engine.price(odd(size=i))) for i in range(4)]
-            await until(barrier.is_waited_at)
+            for gate in gates:
+                await until(gate.is_waited_at)
         outcomes = await asyncio.gather(*culprits, return_exceptions=True)
         # The first that goes on takes all along that have begun.
         assert all(isinstance(outcome, ModelFilesError) for outcome in outcomes)
@@ -572,29 +575,46 @@ async def test_a_module_that_crashes_or_hoards_ends_at_most_its_worker(tmp_path:
         assert (await engine.load(1, spec("Hoarding"), HOME)).own_bytes == {0: 4096}
 
 
-async def test_a_runtime_that_is_used_after_all_is_warm_in_the_workers_to_come(
-    tmp_path: Path,
-) -> None:
+def torch_beside_odd(base: Path) -> tuple[RuntimeSource, ModelSpec]:
+    """Runtimes of which the engine may be started with some, and a model of torch's."""
     source = RuntimeSource(
         maker=SOURCE.maker,
         arguments={"torch": True},
         allowed_factories=deadly_models.FACTORIES,
     )
     factory = "tests.support.deadly_models:Crashing"
-    folder = make_weights(tmp_path / "model")
-    spec = ModelSpec(name="m", runtime="torch", folder=folder, options={"factory": factory})
+    folder = make_weights(base / "model")
+    return source, ModelSpec(name="m", runtime="torch", folder=folder, options={"factory": factory})
 
-    def has_torch(name: str) -> bool:
-        pid = engine.pids.get(name)
-        return pid is not None and "libtorch" in Path(f"/proc/{pid}/maps").read_text("utf-8")
+
+async def test_an_identity_model_in_host_memory_brings_no_torch_to_its_worker() -> None:
+    spec = ModelSpec(name="m", runtime="identity", options={"size_bytes": 5_000_000})
+    source = RuntimeSource()
+    async with running_processes(odd_devices(""), source=source, runtimes=["identity"]) as engine:
+        assert (await engine.price(spec)).peak_bytes == 5_000_000
+        assert (await engine.load(1, spec, HOME)).own_bytes == {0: 5_000_000}
+        assert not any(has_torch(engine, name) for name in ("models", "files", "zygote"))
+        assert (await engine.unload(1)).freed == {0: 5_000_000}
+
+
+def has_torch(engine: ProcessEngine, name: str) -> bool:
+    """A process of an engine has loaded torch's library."""
+    pid = engine.pids.get(name)
+    return pid is not None and "libtorch" in Path(f"/proc/{pid}/maps").read_text("utf-8")
+
+
+async def test_a_runtime_that_is_used_after_all_is_warm_in_the_workers_to_come(
+    tmp_path: Path,
+) -> None:
+    source, spec = torch_beside_odd(tmp_path)
 
     async with running_processes(odd_devices(""), source=source, runtimes=["odd"]) as engine:
-        assert not has_torch("zygote")
+        assert not has_torch(engine, "zygote")
         assert (await engine.load(1, spec, HOME)).own_bytes == {0: 4096}
-        await until(lambda: has_torch("zygote"))
+        await until(lambda: has_torch(engine, "zygote"))
         worker = engine.pids["models"]
         os.kill(worker, signal.SIGKILL)
         await until(lambda: engine.pids.get("models", worker) != worker)
-        assert has_torch("models")
-        assert not has_torch("files")
+        assert has_torch(engine, "models")
+        assert not has_torch(engine, "files")
         assert (await engine.load(1, spec, HOME)).own_bytes == {0: 4096}

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
+from modelyard_server.runtimes import identity
 from modelyard_server.runtimes.api import LoadCancelled, ModelSpec, OptionError, Price
 from modelyard_server.runtimes.identity import IdentityRuntime
 from modelyard_server.runtimes.targets import Place
@@ -67,3 +69,35 @@ def test_parameters_are_refused() -> None:
 def test_a_load_can_be_stopped() -> None:
     with pytest.raises(LoadCancelled):
         IdentityRuntime().load(spec(size_bytes=10), place=Place.on("cpu"), stop=lambda: True)
+
+
+def test_what_no_memory_can_hold_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mmap(*_: object, **__: object) -> None:
+        # A machine that promises more than it has would be filled before it said so.
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(identity, "mmap", mmap)
+    with pytest.raises(MemoryError, match="no 1000 bytes: Cannot allocate memory"):
+        IdentityRuntime().load(spec(size_bytes=1000), place=Place.on("cpu"), stop=lambda: False)
+
+
+def test_a_load_can_be_stopped_while_memory_is_filled() -> None:
+    asked: list[None] = []
+
+    def stop() -> bool:
+        asked.append(None)
+        return len(asked) > 3
+
+    with pytest.raises(LoadCancelled):
+        IdentityRuntime().load(spec(size_bytes=8 << 20), place=Place.on("cpu"), stop=stop)
+    assert len(asked) == 4
+
+
+def test_on_another_device_its_ballast_is_a_tensor_of_that_device() -> None:
+    model = IdentityRuntime().load(
+        spec(size_bytes=1000), place=Place.on("meta"), stop=lambda: False
+    )
+    assert model.measured_bytes() == {0: 1000}
+    assert len(model.witnesses()) == 1
+    model.close()
+    assert model.measured_bytes() == {0: 0}

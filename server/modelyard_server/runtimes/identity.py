@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TYPE_CHECKING
 from weakref import ref
 
@@ -29,6 +30,8 @@ __all__ = ["IdentityRuntime"]
 
 _MAX_SIZE_BYTES = 2**46 - 1
 """The largest budget there is: a larger model could never be loaded."""
+
+_PIECE_BYTES = 1 << 20
 
 
 class IdentityRuntime(Runtime):
@@ -78,11 +81,33 @@ class IdentityRuntime(Runtime):
         size_bytes = _size_bytes(spec)
         if size_bytes == 0:
             return _IdentityModel(None, home=place.target.home)
-        import torch
+        if place.home == "cpu":
+            return _IdentityModel(_in_host_memory(size_bytes, stop), home=place.target.home)
+        return _IdentityModel(_on_device(size_bytes, place.home), home=place.target.home)
 
-        # fill_ and not torch.zeros: the system hands out zeroed pages that take no memory yet.
-        ballast = torch.empty(size_bytes, dtype=torch.uint8, device=place.home).fill_(0)
-        return _IdentityModel(ballast, home=place.target.home)
+
+def _in_host_memory(size_bytes: int, stop: StopCheck) -> mmap:
+    # Without torch: importing it takes seconds and 200 MB, and a server of these models alone has
+    # no other use for it. In pieces: the interpreter is held while one is written.
+    try:
+        ballast = mmap(-1, size_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no {size_bytes} bytes: {error.strerror}") from None
+    piece = bytes(_PIECE_BYTES)
+    for begin in range(0, size_bytes, _PIECE_BYTES):
+        if stop():
+            ballast.close()
+            raise LoadCancelled
+        end = min(begin + _PIECE_BYTES, size_bytes)
+        ballast[begin:end] = piece[: end - begin]
+    return ballast
+
+
+def _on_device(size_bytes: int, torch_device: str) -> torch.Tensor:
+    import torch
+
+    # fill_ and not torch.zeros: the system hands out zeroed pages that take no memory yet.
+    return torch.empty(size_bytes, dtype=torch.uint8, device=torch_device).fill_(0)
 
 
 def _size_bytes(spec: ModelSpec) -> int:
@@ -100,7 +125,7 @@ def _check_parameters(parameters: Mapping[str, JsonValue]) -> None:
 class _IdentityModel(LoadedModel):
     brief = True
 
-    def __init__(self, ballast: torch.Tensor | None, *, home: int) -> None:
+    def __init__(self, ballast: mmap | torch.Tensor | None, *, home: int) -> None:
         self._ballast = ballast
         self._home = home
 
@@ -111,7 +136,13 @@ class _IdentityModel(LoadedModel):
         return tuple(inputs)
 
     def measured_bytes(self) -> Mapping[int, int]:
-        held = 0 if self._ballast is None else self._ballast.untyped_storage().nbytes()
+        match self._ballast:
+            case None:
+                held = 0
+            case mmap():
+                held = len(self._ballast)
+            case tensor:
+                held = tensor.untyped_storage().nbytes()
         return {self._home: held}
 
     def witnesses(self) -> tuple[Witness, ...]:
