@@ -131,6 +131,9 @@ class ConnectionSettings:
             # The defaults keep a client away for a second or more after a restart.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
+            # Channels of a process to one address share a connection otherwise, and its waiting
+            # time after a failure: a new client would be told at once what an old one had met.
+            ("grpc.use_local_subchannel_pool", 1),
             ("grpc.service_config", _service_config()),
         ]
         if _is_loopback(self.target):

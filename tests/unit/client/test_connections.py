@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from tests.support.asking import Asker, echo
-from tests.support.fake_api import FakeServer, servicer
+from tests.support.fake_api import FakeServer, servicer, start
 
 from modelyard import errors
 from modelyard._connection import ConnectionSettings
@@ -97,6 +97,32 @@ class TestLifetime:
             assert (await asker.ask(client, "k", "y")).only == ["y"]
         finally:
             await asyncio.to_thread(second.stop(None).wait)
+
+    async def test_a_new_client_does_not_wait_for_what_an_old_one_has_met(
+        self, asker: Asker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fake = FakeServer()
+        fake.answer("Predict", echo)
+        gone = await asyncio.to_thread(start, fake)
+        port = int(fake.address.rpartition(":")[2])
+        await asyncio.to_thread(gone.stop(None).wait)
+        options = ConnectionSettings.options
+        # Longer than the test: who shares the old one's connection fails for all that time.
+        waits = ("grpc.initial_reconnect_backoff_ms", "grpc.max_reconnect_backoff_ms")
+
+        def patient(settings: ConnectionSettings) -> list[tuple[str, Any]]:
+            return [(k, 300_000 if k in waits else value) for k, value in options(settings)]
+
+        monkeypatch.setattr(ConnectionSettings, "options", patient)
+        asker.address = fake.address
+        old = asker.client()
+        with pytest.raises(errors.ServerUnavailable):
+            await asker.ask(old, "k", "x")
+        back = await asyncio.to_thread(start, fake, port)
+        try:
+            assert (await asker.ask(asker.client(), "k", "y")).only == ["y"]
+        finally:
+            await asyncio.to_thread(back.stop(None).wait)
 
 
 class TestSettings:

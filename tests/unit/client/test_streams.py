@@ -33,7 +33,7 @@ from modelyard import (
 from modelyard.v1 import error_reason_pb2
 from modelyard.v1 import inference_service_pb2 as pb
 
-PATIENCE_S = 10
+PATIENCE_S = 60
 
 
 class Script:
