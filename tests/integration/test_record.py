@@ -48,7 +48,7 @@ from modelyard_server.simulation.request_logs import read_request_log
 from modelyard_server.transport.api import Call
 
 X = np.ones(3, np.float32)
-PATIENCE_S = 30
+PATIENCE_S = 60
 
 
 async def quietly(yard: RunningApp, key: str, inputs: Any, **settings: Any) -> None:

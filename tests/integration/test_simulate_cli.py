@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from modelyard_server import _core
 from modelyard_server.cli.main import app
+from modelyard_server.simulation.baselines import BASELINES
 from modelyard_server.simulation.families import family_trace
 from modelyard_server.simulation.machine import Machine
 from modelyard_server.simulation.serial_replay import replay_serially
@@ -76,6 +77,20 @@ def test_timed_it_tells_waits_and_reference_schedulers() -> None:
     assert sum(refused["refused"].values()) + refused["served_count"] == 600
 
 
+def test_a_reference_scheduler_can_be_asked_for_by_its_name() -> None:
+    def names(*policies: str) -> list[str]:
+        asked = [each for policy in policies for each in ("--policy", policy)]
+        found = told(*SMALL, "--timed", "--no-bound", *asked)["policies"]
+        assert all(each["served_count"] == 600 and each["ratio_to_lru"] for each in found)
+        return [each["policy"] for each in found]
+
+    assert names("fifo+lru") == ["fifo+lru", "lru"]
+    assert names("fcfs+lru", "ensemble", "fcfs+lru") == ["fcfs+lru", "ensemble", "lru"]
+    assert names("lru") == ["lru", *BASELINES]
+    assert names("all") == [*_core.POLICIES, *BASELINES]
+    assert names("all", "fifo+lru") == [*_core.POLICIES, "fifo+lru"]
+
+
 def test_what_if_shows_the_difference() -> None:
     found = told(*SMALL, "--no-bound", "--what-if", "+1TB", "--what-if", "-1MB")
     more, less = found["what_ifs"]
@@ -99,6 +114,50 @@ def test_a_file_and_devices_of_a_server(tmp_path: Path) -> None:
     assert found["policies"][0]["load_s"] == 4.0
     assert told(str(trace), "--budget", "10B", "--no-bound")["policies"][0]["load_s"] == 3.0
     assert told(str(trace), "--budget", "10B", "--requests", "1")["request_count"] == 1
+
+
+def test_devices_of_a_server_whose_folders_are_elsewhere(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text(CSV)
+    config = tmp_path / "server.toml"
+    text = (
+        '[catalog]\nfile = "/nowhere/modelyard.db"\n[weights]\nstore = "/nowhere/store"\n'
+        '[roots]\nstore = "/nowhere/models"\n[models.a]\nruntime = "torch"\nroot = "store"\n'
+        'folder = "a"\n[[devices]]\ndevice = "cuda:0"\nbudget = "9B"\n'
+    )
+    config.write_text(text)
+    found = told(str(trace), "--devices", str(config), "--no-bound")
+    assert (found["budgets"], found["devices"]) == ([9], ["cuda:0"])
+    config.write_text(text.replace('"torch"', '"tortch"'))
+    refused = run(str(trace), "--devices", str(config), "--no-bound")
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: server.toml:8: models.a.runtime")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_models_that_fit_may_together_be_larger_than_any_device(tmp_path: Path) -> None:
+    rows = [f"{i},m{i % 12},1,7e12,1" for i in range(40)]
+    (tmp_path / "t.csv").write_text(CSV.splitlines()[0] + "\n" + "\n".join(rows) + "\n")
+    arguments = (str(tmp_path / "t.csv"), "--policy", "all")
+    for mode in ("--serial", "--timed"):
+        found = told(*arguments, "--budget", "20TB", mode)
+        assert found["footprint_bytes"] == 84 * 10**12
+        # With room for two of twelve in turn each load is needed.
+        assert min(each["load_count"] for each in found["policies"]) >= 12
+        assert found["best_offline_s"] <= 40
+    refused = run(*arguments, "--budget", "100%")
+    assert refused.exit_code == 2
+    assert "'100%' of 76.4TiB: a budget is at least 1 byte and at most 64TiB" in refused.stderr
+
+
+def test_a_trace_that_no_clock_can_count_is_cut_by_requests(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(CSV.replace("\n2,a", "\n9e9,a"))
+    arguments = (str(tmp_path / "t.csv"), "--budget", "9B", "--no-bound")
+    assert told(*arguments)["request_count"] == 3
+    refused = run(*arguments, "--timed")
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: t: a timed replay could take 9e+09 seconds of its own")
+    assert told(*arguments, "--timed", "--requests", "2")["request_count"] == 2
 
 
 def test_a_picture_is_a_png(tmp_path: Path) -> None:
@@ -201,6 +260,8 @@ def test_without_matplotlib_a_picture_is_refused_before_the_work(
         (["t.csv", "--budget", "0"], "as a share of all models is above 0"),
         (["t.csv", "--what-if", "8GB"], "write for example '+8GB'"),
         (["t.csv", "--policy", "arc"], f"no policy 'arc'; there are {', '.join(_core.POLICIES)}"),
+        (["t.csv", "--policy", "arc", "--timed"], f"with --timed also {', '.join(BASELINES)}"),
+        (["t.csv", "--policy", "fifo+lru"], "'fifo+lru' is a reference scheduler of timed replays"),
         (["t.csv", "--model-count", "9"], "--model-count is for made-up traces"),
         (["zipf", "--models", "t.csv"], "--models is for .csv traces"),
         (["zipf:7"], "'zipf:7': the number behind the colon is 0 to 3"),

@@ -17,6 +17,7 @@ from modelyard_server.simulation.trace_files import read_trace
 __all__ = [
     "SHARED",
     "least_load_s",
+    "least_placed_load_s",
     "lru_load_s",
     "shared_bounds",
     "shared_trace",
@@ -25,6 +26,9 @@ __all__ = [
 ]
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"
+
+_Held = frozenset[tuple[int, tuple[int, ...]]]
+"""Resident models, and on which devices."""
 
 
 def small_trace(
@@ -121,6 +125,36 @@ def least_load_s(trace: Trace, budget: int) -> float:
                     if total <= budget:
                         now = frozenset((model, *kept))
                         after[now] = min(price, after.get(now, float("inf")))
+        best = after
+    return min(best.values())
+
+
+def least_placed_load_s(trace: Trace, budgets: Sequence[int]) -> float:
+    """The same where models have places, or may be on any of several devices; for shorter ones."""
+
+    def fits(held: _Held) -> bool:
+        free = list(budgets)
+        for model, place in held:
+            for device in place:
+                free[device] -= trace.models[model].parts(len(budgets))[1]
+        return min(free) >= 0
+
+    best: dict[_Held, float] = {frozenset(): 0.0}
+    for model in trace.model.tolist():
+        facts = trace.models[model]
+        count, _ = facts.parts(len(budgets))
+        places = facts.places or tuple(itertools.combinations(range(len(budgets)), count))
+        after: dict[_Held, float] = {}
+        for held, spent in best.items():
+            at = [place for m, place in held if m == model]
+            others = sorted(each for each in held if each[0] != model)
+            for place in at or places:
+                price = spent if at else spent + facts.load_s
+                for left in range(len(others) + 1):
+                    for kept in itertools.combinations(others, left):
+                        now: _Held = frozenset(((model, place), *kept))
+                        if fits(now) and price < after.get(now, float("inf")):
+                            after[now] = price
         best = after
     return min(best.values())
 

@@ -48,6 +48,14 @@ def test_what_is_no_budget_is_refused(text: str, error: str) -> None:
         parse_budget(text, 1000)
 
 
+def test_a_share_that_is_too_much_says_of_how_much() -> None:
+    with pytest.raises(
+        ValueError, match=r"^'0\.5' of 256TiB: a budget is at least 1 byte and at mo"
+    ):
+        parse_budget("0.5", 1 << 48)
+    assert parse_budget("0.2", 1 << 48) == (1 << 48) // 5
+
+
 def test_what_if_changes_each_budget_or_that_of_one_device() -> None:
     assert parse_what_if("+8GB").applied_to(NAMED).budgets == (9 * 10**9, 10 * 10**9)
     assert parse_what_if("-500MB").applied_to(NAMED).budgets == (5 * 10**8, 15 * 10**8)

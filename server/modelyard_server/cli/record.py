@@ -18,6 +18,7 @@ import typer
 
 from modelyard_server.cli.connection import DEFAULT_SERVER, AsJson, Server, exit_codes
 from modelyard_server.cli.printing import print_json, print_line
+from modelyard_server.cli.recorded_places import RecordedPlaces
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -92,12 +93,14 @@ def _record(
     with exit_codes(), Admin(server, timeout_s=timeout) as admin:
         most_s = None if duration is None else parse_duration(duration)
         began_s = time.monotonic()
+        places = RecordedPlaces(admin)
+        places.look()
         # The first is waited for before there is a file: a server that cannot be reached leaves
         # none behind.
         with admin.watch_requests(timeout_s=most_s) as watch, _Interrupts() as interrupts:
             first = interrupts.next(watch)
             with _created(file, force=force) as out:
-                recorder = Recorder(out, most=requests)
+                recorder = Recorder(out, most=requests, places=places)
                 try:
                     if first is not None:
                         recorder.write(first)
@@ -164,9 +167,12 @@ class Recorder:
     Args:
         out: the file.
         most: requests to write; None for all.
+        places: knows where models may be; None for wherever they fit.
     """
 
-    def __init__(self, out: TextIO, *, most: int | None) -> None:
+    def __init__(
+        self, out: TextIO, *, most: int | None, places: RecordedPlaces | None = None
+    ) -> None:
         from modelyard_server.simulation.request_logs import RequestLogWriter
 
         self._out = out
@@ -174,6 +180,7 @@ class Recorder:
         self._writer: RequestLogWriter = RequestLogWriter(self._page)
         self._flush()
         self._most = most
+        self._places = places
         self._began: datetime | None = None
         self._loads: dict[str, float | None] = {}
         self._models: set[str] = set()
@@ -190,6 +197,8 @@ class Recorder:
     def write(self, records: RequestRecords) -> None:
         """Write what came, whole lines at a time."""
         self._breaks += records.begins
+        if records.begins and self._breaks > 0 and self._places is not None:
+            self._places.look_again()
         self._missed += records.missed_count
         if self._began is None:
             self._began = records.started_at
@@ -233,6 +242,7 @@ class Recorder:
             size_bytes=max(1, model.size_bytes),  # A replay knows no model of no size.
             load_s=model.load_s,
             host_load_s=model.copy_load_s,
+            places=() if self._places is None else self._places.of(model.model),
         )
 
     def _write_request(self, request: RecordedRequest, shift_s: float) -> None:

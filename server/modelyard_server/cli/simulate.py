@@ -47,6 +47,7 @@ class _Asked:
     budgets: list[str]
     devices_file: Path | None
     host_budget: str | None
+    places: str | None
     what_ifs: list[str]
     timed: bool
     slots: int
@@ -73,7 +74,8 @@ def _simulate(
         typer.Option(
             "--policy",
             metavar="P",
-            help="Which rule chooses who leaves; repeatable, or all. LRU is always compared.",
+            help="Which rule chooses who leaves; repeatable, or all. LRU is always compared. With "
+            "--timed also fifo+lru, fcfs+lru, fcfs-each+lru.",
             show_default="the server's",
         ),
     ] = None,
@@ -97,6 +99,16 @@ def _simulate(
     host_budget: Annotated[
         str | None,
         typer.Option("--host-budget", metavar="SIZE", help="Host memory that keeps copies."),
+    ] = None,
+    places: Annotated[
+        str | None,
+        typer.Option(
+            "--places",
+            metavar="anywhere|dealt",
+            help="Any model on any device, or each on devices that it is given for good, so that "
+            "all are as full.",
+            show_default="what the trace says, or anywhere",
+        ),
     ] = None,
     what_if: Annotated[
         list[str] | None,
@@ -159,6 +171,7 @@ def _simulate(
         budgets=budget or [],
         devices_file=devices,
         host_budget=host_budget,
+        places=places,
         what_ifs=what_if or [],
         timed=timed,
         slots=slots,
@@ -212,14 +225,18 @@ def _exit_codes() -> Iterator[None]:
 def _studies(asked: _Asked) -> tuple[Study, list[Study]]:
     from modelyard_server.config import load_config
     from modelyard_server.simulation.machine_text import parse_what_if
+    from modelyard_server.simulation.places import parse_places, place_models
     from modelyard_server.simulation.plot import check_plot_path
     from modelyard_server.simulation.study import choose_policies, run_study
 
     # What can be wrong is looked at first: a replay may take minutes.
-    config = None if asked.devices_file is None else load_config(asked.devices_file)
+    # Of the server's folders nothing is wanted: it may be another machine's.
+    file = asked.devices_file
+    config = None if file is None else load_config(file, check_paths=False)
     wanted = asked.policies or ([] if config is None else [config.yard.policy])
     policies = choose_policies(wanted, timed=asked.timed)
     what_ifs = [parse_what_if(text) for text in asked.what_ifs]
+    wanted_places = None if asked.places is None else parse_places(asked.places)
     if asked.plot is not None:
         check_plot_path(asked.plot)
     if asked.timed and asked.devices_file and config and config.yard.order != _REPLAYED_ORDER:
@@ -229,7 +246,10 @@ def _studies(asked: _Asked) -> tuple[Study, list[Study]]:
             err=True,
         )
     trace = _trace(asked)
+    if asked.timed:
+        trace.check_countable()
     machine = _machine(asked, trace, config)
+    trace, placing = place_models(trace, machine, wanted_places)
     changed = [(what_if.text, what_if.applied_to(machine)) for what_if in what_ifs]
     for each in (machine, *(other for _, other in changed)):
         trace.check_fits(each.budgets)
@@ -242,6 +262,7 @@ def _studies(asked: _Asked) -> tuple[Study, list[Study]]:
                 timed=asked.timed,
                 bound=asked.bound,
                 watcher=watching.begin,
+                placing=placing,
                 label=label,
             )
             for label, each in (("", machine), *changed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Final
@@ -54,12 +54,13 @@ _STORE_FOLDER: Final = "modelyard-store"
 _LONG_NUMBER: Final = re.compile(r"[0-9][0-9_]{4000,}")
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: Path, *, check_paths: bool = True) -> Config:
     """Read a configuration file.
 
     Args:
         path: a TOML file in UTF-8. Relative roots are relative to its folder, in which the catalog
             is unless it says otherwise.
+        check_paths: False for a file that may be of another machine: see ``parse_config``.
 
     Raises:
         ConfigError: it cannot be read, is no TOML, or says something that cannot be. The error
@@ -86,6 +87,7 @@ def load_config(path: Path) -> Config:
             base=folder,
             default_catalog=folder / _CATALOG_FILE,
             default_store=folder / _STORE_FOLDER,
+            check_paths=check_paths,
         )
     except ConfigError as error:
         raise ConfigError(error.problems, source=path) from error
@@ -97,6 +99,7 @@ def parse_config(
     base: Path,
     default_catalog: Path | None = None,
     default_store: Path | None = None,
+    check_paths: bool = True,
 ) -> Config:
     """Read the text of a configuration file.
 
@@ -106,6 +109,8 @@ def parse_config(
         default_catalog: where the catalog is if the text does not say; None keeps it in memory.
         default_store: where weights are kept if the text does not say; None reads them where they
             lie.
+        check_paths: whether folders and files that the text names are looked for. If not, no file
+            system is looked at, and they are kept as written, made absolute; all else is checked.
 
     Raises:
         ConfigError: the text is no TOML, or says something that cannot be. The error holds all
@@ -122,7 +127,8 @@ def parse_config(
         found = _LONG_NUMBER.search(text)
         line = text.count("\n", 0, found.start()) + 1 if found else 1
         raise _file_error(f"is no usable TOML: {error}", line) from error
-    return _Reader(document, LineIndex.of(text), base, default_catalog, default_store).config()
+    paths = _Paths(base.absolute(), check=check_paths)
+    return _Reader(document, LineIndex.of(text), paths, default_catalog, default_store).config()
 
 
 def _file_error(text: str, line: int = 1, *, source: Path | None = None) -> ConfigError:
@@ -146,13 +152,13 @@ class _Reader:
         self,
         document: Mapping[str, Any],
         lines: LineIndex,
-        base: Path,
+        paths: _Paths,
         default_catalog: Path | None,
         default_store: Path | None,
     ) -> None:
         self._document = document
         self._lines = lines
-        self._base = base
+        self._paths = paths
         self._default_catalog = default_catalog
         self._default_store = default_store
         self._problems: list[Problem] = []
@@ -208,7 +214,7 @@ class _Reader:
             self._report_all((*path, "durable"), error.findings)
         if "file" in table:
             try:
-                file = _file_to_write(self._base, table["file"])
+                file = self._paths.file_to_write(table["file"])
             except RuleError as error:
                 self._report_all((*path, "file"), error.findings)
         return CatalogConfig(path=file if durable else None)
@@ -221,7 +227,7 @@ class _Reader:
         found: dict[str, Any] = {"in_place": False, "read": "map", "arena": 0}
         found["keep_unused_s"] = WeightsConfig().keep_unused_s
         checks: dict[str, Rule] = {
-            "store": lambda value: _folder_to_write(self._base, value),
+            "store": self._paths.folder_to_write,
             "in_place": boolean,
             "read": one_of(*READ_MODES),
             "arena": size(0, MAX_SIZE_BYTES),
@@ -263,7 +269,7 @@ class _Reader:
         roots: dict[str, Path] = {}
         for name, value in table.items():
             try:
-                roots[identifier(name)] = _existing_folder(self._base, value)
+                roots[identifier(name)] = self._paths.existing_folder(value)
             except RuleError as error:
                 self._report_all(("roots", name), error.findings)
         return roots
@@ -360,49 +366,60 @@ def _no_table(path: KeyPath, value: object) -> str:
     return f"must be a table, got {kind(value)}: write [{key_text(path)}]"
 
 
-def _existing_folder(base: Path, value: object) -> Path:
-    """Return the absolute, resolved folder that a root names. Raises ``RuleError``."""
-    text = _local_path(value, "a folder")
-    try:
-        folder = (base / text).resolve(strict=True)
-        is_folder = folder.is_dir()
-    except FileNotFoundError as error:
-        raise RuleError(f"{quoted(text)} does not exist: create the folder") from error
-    except (OSError, RuntimeError) as error:
-        # RuntimeError for symbolic links that lead to each other.
-        reason = error.strerror if isinstance(error, OSError) else "symbolic links form a loop"
-        raise RuleError(f"{quoted(text)} cannot be opened: {reason}") from error
-    if not is_folder:
-        raise RuleError(f"{quoted(text)} is not a folder")
-    return folder
+class _Paths:
+    """The folders and files that a document names.
 
+    Args:
+        base: absolute folder that relative ones are relative to.
+        check: whether they are looked for; else nobody looks at a file system.
+    """
 
-def _file_to_write(base: Path, value: object) -> Path:
-    """Return the absolute path of a file that may be made. Raises ``RuleError``."""
-    text = _local_path(value, "a file")
-    path = base.absolute() / text
-    try:
-        if not path.parent.is_dir():
-            raise RuleError(f"the folder of {quoted(text)} does not exist: create it")
-        if path.exists() and not path.is_file():
-            raise RuleError(f"{quoted(text)} is not a file")
-    except OSError as error:
-        raise RuleError(f"{quoted(text)} cannot be opened: {error.strerror}") from error
-    return path
+    def __init__(self, base: Path, *, check: bool) -> None:
+        self._base = base
+        self._check = check
 
-
-def _folder_to_write(base: Path, value: object) -> Path:
-    """Return the absolute path of a folder that may be made. Raises ``RuleError``."""
-    text = _local_path(value, "a folder")
-    path = base.absolute() / text
-    try:
-        if not path.parent.is_dir():
-            raise RuleError(f"the folder above {quoted(text)} does not exist: create it")
-        if path.exists() and not path.is_dir():
+    def existing_folder(self, value: object) -> Path:
+        """Return the absolute, resolved folder that a root names. Raises ``RuleError``."""
+        text = _local_path(value, "a folder")
+        if not self._check:
+            return self._base / text
+        try:
+            folder = (self._base / text).resolve(strict=True)
+            is_folder = folder.is_dir()
+        except FileNotFoundError as error:
+            raise RuleError(f"{quoted(text)} does not exist: create the folder") from error
+        except (OSError, RuntimeError) as error:
+            # RuntimeError for symbolic links that lead to each other.
+            reason = error.strerror if isinstance(error, OSError) else "symbolic links form a loop"
+            raise RuleError(f"{quoted(text)} cannot be opened: {reason}") from error
+        if not is_folder:
             raise RuleError(f"{quoted(text)} is not a folder")
-    except OSError as error:
-        raise RuleError(f"{quoted(text)} cannot be opened: {error.strerror}") from error
-    return path
+        return folder
+
+    def file_to_write(self, value: object) -> Path:
+        """Return the absolute path of a file that may be made. Raises ``RuleError``."""
+        text = _local_path(value, "a file")
+        return self._to_write(text, Path.is_file, above="of", kind="file")
+
+    def folder_to_write(self, value: object) -> Path:
+        """Return the absolute path of a folder that may be made. Raises ``RuleError``."""
+        text = _local_path(value, "a folder")
+        return self._to_write(text, Path.is_dir, above="above", kind="folder")
+
+    def _to_write(
+        self, text: str, is_kind: Callable[[Path], bool], *, above: str, kind: str
+    ) -> Path:
+        path = self._base / text
+        if not self._check:
+            return path
+        try:
+            if not path.parent.is_dir():
+                raise RuleError(f"the folder {above} {quoted(text)} does not exist: create it")
+            if path.exists() and not is_kind(path):
+                raise RuleError(f"{quoted(text)} is not a {kind}")
+        except OSError as error:
+            raise RuleError(f"{quoted(text)} cannot be opened: {error.strerror}") from error
+        return path
 
 
 def _local_path(value: object, what: str) -> str:

@@ -49,9 +49,10 @@ def replay_baseline(
         progress: is told how many requests have arrived.
 
     Raises:
-        TraceError: a model is larger than every budget.
+        TraceError: a model is larger than every budget, or the trace is too long for the clock.
         SimulationError: a request never ran.
     """
+    trace.check_countable()
     trace.check_fits(machine.budgets)
     if name not in BASELINES:
         raise ValueError(f"no reference scheduler {name!r}; there are {', '.join(BASELINES)}")

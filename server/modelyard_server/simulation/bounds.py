@@ -13,7 +13,8 @@ prices for memory make a bound by weak duality whatever they are, and that is wh
 them. So the bound holds even if the solver stopped early, and prices of a long trace may come from
 pieces of it, each looked at with some of what is before and behind.
 
-Several devices count as one of all their bytes, which can only lower the bound.
+Several devices count as one of all their bytes, which can only lower the bound; ``pools`` says of
+which devices that need not be.
 """
 
 from __future__ import annotations

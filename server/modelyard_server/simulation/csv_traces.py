@@ -5,28 +5,38 @@ from __future__ import annotations
 import csv
 import math
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from modelyard_server.simulation.places import read_place_cell
 from modelyard_server.simulation.text_lines import lines_of
 from modelyard_server.simulation.trace import (
     MOST_MODELS,
     MOST_REQUESTS,
+    PlaceNames,
     Table,
     Trace,
     TraceError,
     make_trace,
 )
+from modelyard_server.simulation.trace_fields import (
+    MEBIBYTE,
+    SHORT_NAMES,
+    bytes_of,
+    told_names,
+    twofold,
+    written_names,
+)
 
 __all__ = ["read_csv"]
 
 _REQUEST_COLUMNS: Final = ("time", "model", "execution_s")
-_FACT_COLUMNS: Final = ("size_bytes", "size_mb", "load_s", "host_load_s")
-_MEBIBYTE: Final = 1 << 20
+_FACT_COLUMNS: Final = ("size_bytes", "size_mb", "load_s", "host_load_s", "places")
 _MOST_DIGITS: Final = 30
 
 
@@ -35,6 +45,7 @@ class _Facts:
     size_bytes: int
     load_s: float
     host_load_s: float
+    places: PlaceNames
     line: int
     file: str
 
@@ -43,9 +54,10 @@ def read_csv(path: Path, models_path: Path | None = None) -> Trace:
     """Read a trace whose first line is ``time,model,execution_s`` and perhaps more columns.
 
     What the models are is either in further columns ``size_bytes`` (or ``size_mb``, MiB),
-    ``load_s`` and perhaps ``host_load_s``, at least on the first line of each model, or in a second
-    file with the columns ``model`` and these. Columns may stand in any order. Without
-    ``host_load_s`` a copy in host memory is no faster than the files.
+    ``load_s`` and perhaps ``host_load_s`` and ``places``, at least on the first line of each model,
+    or in a second file with the columns ``model`` and these. Columns may stand in any order, and
+    have the short names of the shared traces. Without ``host_load_s`` a copy in host memory is no
+    faster than the files. For ``places`` see ``read_place_cell``.
 
     Args:
         path: the trace.
@@ -57,26 +69,31 @@ def read_csv(path: Path, models_path: Path | None = None) -> Trace:
     """
     known: dict[str, _Facts] = {}
     if models_path is not None:
-        for line, row in _rows(models_path, ("model",), _FACT_COLUMNS):
-            _learn(known, row, line, models_path.name, once=True)
+        sheet = _Sheet(models_path, ("model",), _FACT_COLUMNS)
+        with closing(sheet.rows()) as rows:
+            for line, row in rows:
+                _learn(known, sheet, row, line, once=True)
     more = _FACT_COLUMNS if models_path is None else ()
     positions: dict[str, int] = {}
     lines, arrivals, which, runs = array("q"), array("d"), array("q"), array("d")
-    for line, row in _rows(path, _REQUEST_COLUMNS, more):
-        where = f"{path.name}:{line}"
-        name = row["model"]
-        if models_path is None:
-            _learn(known, row, line, path.name, once=False)
-        elif name not in known:
-            raise TraceError(f"{where}: model {name[:40]!r} is not in {models_path.name}")
-        lines.append(line)
-        arrivals.append(_number(row["time"], "time", where))
-        which.append(positions.setdefault(name, len(positions)))
-        runs.append(_number(row["execution_s"], "execution_s", where))
-        if len(lines) > MOST_REQUESTS or len(positions) > MOST_MODELS:
-            raise TraceError(
-                f"{where}: too long: at most {MOST_REQUESTS} requests of {MOST_MODELS} models"
-            )
+    sheet = _Sheet(path, _REQUEST_COLUMNS, more)
+    titles = sheet.titles
+    with closing(sheet.rows()) as rows:
+        for line, row in rows:
+            where = f"{path.name}:{line}"
+            name = row["model"]
+            if models_path is None:
+                _learn(known, sheet, row, line, once=False)
+            elif name not in known:
+                raise TraceError(f"{where}: model {name[:40]!r} is not in {models_path.name}")
+            lines.append(line)
+            arrivals.append(_number(row["time"], titles["time"], where))
+            which.append(positions.setdefault(name, len(positions)))
+            runs.append(_number(row["execution_s"], titles["execution_s"], where))
+            if len(lines) > MOST_REQUESTS or len(positions) > MOST_MODELS:
+                raise TraceError(
+                    f"{where}: too long: at most {MOST_REQUESTS} requests of {MOST_MODELS} models"
+                )
     facts = [known[name] for name in positions]
 
     def locate(table: Table, index: int) -> str:
@@ -94,61 +111,93 @@ def read_csv(path: Path, models_path: Path | None = None) -> Trace:
         model=np.asarray(which, dtype=np.int64),
         run_s=np.asarray(runs, dtype=np.float64),
         locate=locate,
+        place_names=[each.places for each in facts],
     )
 
 
-def _rows(
-    path: Path, needed: Sequence[str], more: Sequence[str]
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield each line's number and cells by column; lines without anything are passed over."""
-    line = 1
-    try:
-        reader = csv.reader(lines_of(path), strict=True)
-        header = [name.strip() for name in next(reader, [])]
-        _check_header(header, needed, more, path.name)
-        for cells in reader:
-            line = reader.line_num
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise TraceError(
-                    f"{path.name}:{line}: {len(cells)} cells, and line 1 has {len(header)} columns"
-                )
-            stripped = map(str.strip, cells)
-            yield line, dict(zip(header, stripped, strict=True))
-    except csv.Error as error:
-        raise TraceError(f"{path.name}: behind line {line}: {error}") from None
+class _Sheet:
+    """A CSV file, whose columns are told apart by what they mean.
 
+    Args:
+        path: of the file.
+        needed: columns that must be there, by the names that say what they are.
+        more: columns that may be there: those of ``_FACT_COLUMNS``, or none.
+    """
 
-def _check_header(
-    header: Sequence[str], needed: Sequence[str], more: Sequence[str], file: str
-) -> None:
-    where = f"{file}:1"
-    allowed = (*needed, *more)
-    if unknown := [name for name in header if name not in allowed]:
-        raise TraceError(
-            f"{where}: unknown column {unknown[0][:40]!r}; there may be {', '.join(allowed)}"
-        )
-    if missing := [name for name in needed if name not in header]:
-        raise TraceError(f"{where}: column {missing[0]!r} is missing")
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise TraceError(f"{where}: column {twice[0]!r} is there twice")
-    if not more:
-        return
-    if ("size_bytes" in header) == ("size_mb" in header):
-        raise TraceError(
-            f"{where}: either size_bytes or size_mb must be there; with --models FILE another file "
-            "says what the models are"
-        )
-    if "load_s" not in header:
-        raise TraceError(f"{where}: column 'load_s' is missing")
+    def __init__(self, path: Path, needed: Sequence[str], more: Sequence[str]) -> None:
+        self.file = path.name
+        self.titles: dict[str, str] = {}
+        """Of each column that is there, as it stands there; known with the first of the rows."""
+        self._path = path
+        self._needed = needed
+        self._more = more
+
+    def rows(self) -> Generator[tuple[int, dict[str, str]]]:
+        """Yield for each row the line that it begins on, and its cells by column.
+
+        Lines without anything are passed over.
+
+        Raises:
+            TraceError: the columns are not right, or cannot be told apart; the text names the line.
+            OSError: the file cannot be read.
+        """
+        begin = 1
+        try:
+            with closing(lines_of(self._path)) as lines:
+                reader = csv.reader(lines, strict=True)
+                header = [name.strip() for name in next(reader, [])]
+                self._read_header(header)
+                fields = {title: column for column, title in self.titles.items()}
+                columns = [fields[title] for title in header]
+                begin = reader.line_num + 1
+                for cells in reader:
+                    # With line ends between quotes a row is several lines.
+                    line, begin = begin, reader.line_num + 1
+                    if not cells:
+                        continue
+                    if len(cells) != len(columns):
+                        raise TraceError(
+                            f"{self.file}:{line}: {len(cells)} cells, and line 1 has "
+                            f"{len(columns)} columns"
+                        )
+                    stripped = map(str.strip, cells)
+                    yield line, dict(zip(columns, stripped, strict=True))
+        except csv.Error as error:
+            raise TraceError(f"{self.file}:{begin}: the quotes are not right: {error}") from None
+
+    def _read_header(self, header: Sequence[str]) -> None:
+        where = f"{self.file}:1"
+        allowed = (*self._needed, *self._more)
+        titles = written_names(header, allowed)
+        if both := twofold(header):
+            raise TraceError(
+                f"{where}: columns {both!r} and {SHORT_NAMES[both]!r} mean the same: one may be"
+            )
+        if unknown := [name for name in header if name not in titles.values()]:
+            raise TraceError(
+                f"{where}: unknown column {unknown[0][:40]!r}; there may be {told_names(allowed)}"
+            )
+        if missing := [name for name in self._needed if name not in titles]:
+            raise TraceError(f"{where}: column {missing[0]!r} is missing")
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise TraceError(f"{where}: column {twice[0]!r} is there twice")
+        self.titles.update(titles)
+        if not self._more:
+            return
+        if ("size_bytes" in titles) == ("size_mb" in titles):
+            raise TraceError(
+                f"{where}: either size_bytes or size_mb must be there; with --models FILE another "
+                "file says what the models are"
+            )
+        if "load_s" not in titles:
+            raise TraceError(f"{where}: column 'load_s' is missing")
 
 
 def _learn(
-    known: dict[str, _Facts], row: dict[str, str], line: int, file: str, *, once: bool
+    known: dict[str, _Facts], sheet: _Sheet, row: dict[str, str], line: int, *, once: bool
 ) -> None:
     """Note what a line says of its model; it may say nothing if a line before it did."""
-    name, where = row["model"], f"{file}:{line}"
+    name, where, titles = row["model"], f"{sheet.file}:{line}", sheet.titles
     before = known.get(name)
     if before is not None and once:
         raise TraceError(f"{where}: model {name[:40]!r} is also on line {before.line}")
@@ -158,41 +207,47 @@ def _learn(
     if "size_bytes" in row:
         size = _whole(row["size_bytes"], "size_bytes", where)
     else:
-        size = _mebibytes(row["size_mb"], where)
-    load_s = _number(row["load_s"], "load_s", where)
+        size = bytes_of(_number(row["size_mb"], "size_mb", where), MEBIBYTE)
+    load_s = _number(row["load_s"], titles["load_s"], where)
     host = row.get("host_load_s", "")
-    host_load_s = _number(host, "host_load_s", where) if host else load_s
-    facts = _Facts(size, load_s, host_load_s, line, file)
+    host_load_s = _number(host, titles["host_load_s"], where) if host else load_s
+    places = read_place_cell(row.get("places", ""), where)
+    if before is not None and not row.get("places"):
+        places = before.places  # Nothing is said here, and a line before it may have.
+    facts = _Facts(size, load_s, host_load_s, places, line, sheet.file)
     if before is None:
         known[name] = facts
-    elif (before.size_bytes, before.load_s, before.host_load_s) != (size, load_s, host_load_s):
+    elif replace(facts, line=before.line) != before:
         raise TraceError(
             f"{where}: model {name[:40]!r} is not what line {before.line} says it is: a model has "
-            "one size and one load time"
+            "one size and one load time, and the same places"
         )
 
 
 def _number(text: str, column: str, where: str) -> float:
-    try:
-        # float() takes "1_0", which here is more likely a mistake.
-        value = math.nan if "_" in text else float(text)
-    except ValueError:
-        value = math.nan
+    value = _float(text)
     if not math.isfinite(value):
         raise TraceError(f"{where}: {column} is {text[:40]!r}: a number must be there")
     return value
 
 
+def _float(text: str) -> float:
+    """The number; not finite if it is none."""
+    try:
+        # float() takes "1_0", which here is more likely a mistake.
+        return math.nan if "_" in text else float(text)
+    except ValueError:
+        return math.nan
+
+
 def _whole(text: str, column: str, where: str) -> int:
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()):
-        raise TraceError(f"{where}: {column} is {text[:40]!r}: a whole number must be there")
+        # Some programs write 1e9, or 5.0.
+        value = _float(text)
+        if not value.is_integer():
+            raise TraceError(f"{where}: {column} is {text[:40]!r}: a whole number must be there")
+        return int(value)
     if len(digits) > _MOST_DIGITS:
         raise TraceError(f"{where}: {column} is {text[:40]!r}: more than {_MOST_DIGITS} digits")
     return int(text)
-
-
-def _mebibytes(text: str, where: str) -> int:
-    # As integers: a float may be too large to be multiplied, and is refused with its own number.
-    whole, rest = divmod(_number(text, "size_mb", where), 1.0)
-    return int(whole) * _MEBIBYTE + int(rest * _MEBIBYTE)

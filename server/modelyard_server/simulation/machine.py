@@ -8,12 +8,14 @@ from itertools import combinations, islice
 from typing import Final
 
 from modelyard_server import _core
-from modelyard_server.simulation.trace import Trace, TracedModel
+from modelyard_server.simulation.trace import Trace, TracedModel, TraceError
 
-__all__ = ["BoundYard", "Machine", "SimulationError", "bind_yard", "places_of"]
+__all__ = ["MOST_PLACES", "BoundYard", "Machine", "SimulationError", "bind_yard", "places_of"]
 
-_MOST_PLACES: Final = 16
+MOST_PLACES: Final = 16
 """Placements of a model that the core takes."""
+_MOST_BOUND: Final = 1 << 16
+"""Models that the core takes."""
 _EXPLAIN_CAPACITY: Final = 8192
 _READ_EVERY: Final = 1024
 _LEAVING: Final = frozenset({"EVICTED", "DRAINED"})
@@ -128,13 +130,15 @@ def places_of(model: TracedModel, budgets: Sequence[int]) -> tuple[tuple[int, ..
     """Return where a model may live: for each placement the devices that it is on at once.
 
     Those that the model names; else, of one that spans several devices, at most sixteen, the first
-    in the order of devices.
+    in the order of devices. Without those where it does not fit.
     """
-    if model.places:
-        return model.places
     count, part_bytes = model.parts(len(budgets))
+    if model.places:
+        return tuple(
+            place for place in model.places if all(part_bytes <= budgets[d] for d in place)
+        )
     fitting = [d for d, budget in enumerate(budgets) if part_bytes <= budget]
-    return tuple(islice(combinations(fitting, count), _MOST_PLACES if count > 1 else None))
+    return tuple(islice(combinations(fitting, count), MOST_PLACES if count > 1 else None))
 
 
 def bind_yard(trace: Trace, machine: Machine, policy: str) -> BoundYard:
@@ -146,9 +150,14 @@ def bind_yard(trace: Trace, machine: Machine, policy: str) -> BoundYard:
         policy: one of ``_core.POLICIES``.
 
     Raises:
-        TraceError: a model fits on no device.
+        TraceError: a model fits on no device, or there are too many.
     """
     trace.check_fits(machine.budgets)
+    used = trace.used()
+    if len(used) > _MOST_BOUND:
+        raise TraceError(
+            f"{trace.name}: {len(used)} models are wanted: the core takes {_MOST_BOUND}"
+        )
     tiered = machine.host_budget_bytes > 0
     yard = _core.Yard(
         budgets=list(machine.budgets),
@@ -169,7 +178,7 @@ def bind_yard(trace: Trace, machine: Machine, policy: str) -> BoundYard:
         positions={},
         devices=[()] * len(trace.models),
     )
-    for position in trace.used():
+    for position in used:
         model = trace.models[position]
         places = places_of(model, machine.budgets)
         _, part_bytes = model.parts(len(machine.budgets))

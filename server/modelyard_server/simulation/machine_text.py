@@ -89,7 +89,8 @@ def parse_budget(text: str, footprint_bytes: int) -> int:
         budget = int(share * footprint_bytes)
     if not 1 <= budget <= _core.MAX_BYTES:
         largest = format_size(_core.MAX_BYTES)
-        raise ValueError(f"{text!r}: a budget is at least 1 byte and at most {largest}")
+        what = repr(text) if match is None else f"{text!r} of {format_size(footprint_bytes)}"
+        raise ValueError(f"{what}: a budget is at least 1 byte and at most {largest}")
     return budget
 
 

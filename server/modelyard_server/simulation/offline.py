@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelyard_server.simulation.intervals import Intervals, find_intervals, next_requests
+from modelyard_server.simulation.machine import places_of
 from modelyard_server.simulation.outcome import Progress
 from modelyard_server.simulation.trace import Floats, Integers, Trace
 
-__all__ = ["best_offline_s", "cost_belady_s", "greedy_s"]
+__all__ = ["best_offline_s", "cost_belady_s", "greedy_s", "spans_devices"]
 
 _MOST_GREEDY: Final = 60_000
 """Requests up to which the greedy schedules are made: their time grows with the square."""
@@ -82,7 +83,7 @@ def cost_belady_s(
     """Evict what costs least for the bytes and the time until it is wanted again.
 
     Belady's rule with sizes and costs. With several devices a model is loaded where that displaces
-    least.
+    least, among its places.
 
     Returns:
         Seconds of loading of that schedule.
@@ -90,9 +91,18 @@ def cost_belady_s(
     Raises:
         ValueError: a model would span several devices, which this does not do.
     """
-    if any(trace.models[m].parts(len(budgets))[0] > 1 for m in trace.used()):
+    if spans_devices(trace, budgets):
         raise ValueError("models that span devices have no offline schedule here")
     return _CostBelady(trace, budgets).run(progress)
+
+
+def spans_devices(trace: Trace, budgets: tuple[int, ...]) -> bool:
+    """Return True if a model that is wanted is on several devices at once."""
+    models = (trace.models[m] for m in trace.used())
+    return any(
+        model.parts(len(budgets))[0] > 1 or any(len(place) > 1 for place in model.places)
+        for model in models
+    )
 
 
 class _CostBelady:
@@ -100,7 +110,9 @@ class _CostBelady:
         self._sizes = [model.size_bytes for model in trace.models]
         self._loads = [model.load_s for model in trace.models]
         self._density = np.asarray(self._loads) / np.asarray(self._sizes, dtype=np.float64)
-        self._budgets = budgets
+        self._devices = {
+            m: [place[0] for place in places_of(trace.models[m], budgets)] for m in trace.used()
+        }
         self._free = list(budgets)
         self._models: list[int] = trace.model.tolist()
         self._following: Integers = next_requests(trace)
@@ -126,14 +138,12 @@ class _CostBelady:
     def _load(self, model: int, now: int) -> None:
         size = self._sizes[model]
         best: tuple[float, int, list[int]] | None = None
-        for device, budget in enumerate(self._budgets):
-            if size > budget:
-                continue
+        for device in self._devices[model]:
             price, victims = self._victims(device, size, now)
             if best is None or price < best[0]:
                 best = (price, device, victims)
         if best is None:
-            raise ValueError(f"model {model} is larger than every budget")
+            raise ValueError(f"model {model} fits on none of its devices")
         _, device, victims = best
         for victim in victims:
             del self._where[victim]

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 from modelyard_server.devices.sizes import format_size
 from modelyard_server.simulation.machine_text import describe_budgets
 from modelyard_server.simulation.outcome import Outcome
+from modelyard_server.simulation.places import Places
 from modelyard_server.simulation.study import BASE_POLICY, Study
 
 __all__ = ["cause_lines", "json_of", "rows_of", "title_of", "wait_rows", "what_if_rows"]
 
 _USUAL_CAUSE: Final = "idle_for_model"
+_PLACED: Final = MappingProxyType(
+    {
+        Places.TRACE: ", models where the trace says",
+        Places.DEALT: ", models dealt out for good",
+        Places.ANYWHERE: "",
+    }
+)
 
 
 def title_of(study: Study) -> str:
@@ -29,6 +38,7 @@ def title_of(study: Study) -> str:
     )
     if machine.host_budget_bytes:
         text += f", host tier {format_size(machine.host_budget_bytes)}"
+    text += _PLACED[study.placing.places]
     return f"{text}, {study.label}" if study.label else text
 
 
@@ -82,11 +92,15 @@ def cause_lines(study: Study) -> list[str]:
     ]
     if not lines and any(outcome.evictions for outcome in study.outcomes):
         lines.append("evicted: idle models only, each for another model")
+    if study.placing.note:
+        lines.append(study.placing.note)
     if study.offline.schedule_s is not None:
         text = "offline: the best schedule found by who knows the future"
         if study.offline.bound_s is not None:
             text += "; bound: no schedule loads for less"
         lines.append(text)
+    elif study.offline.schedule_note:
+        lines.append(study.offline.schedule_note)
     return lines
 
 
@@ -138,9 +152,12 @@ def json_of(study: Study, others: Sequence[Study] = ()) -> dict[str, Any]:
         "budgets": list(machine.budgets),
         "devices": list(machine.device_names),
         "host_budget_bytes": machine.host_budget_bytes,
+        "places": study.placing.places.value,
+        "places_note": study.placing.note,
         "offline_bound_s": study.offline.bound_s,
         "best_offline_s": study.offline.schedule_s,
         "bound_note": study.offline.note,
+        "schedule_note": study.offline.schedule_note,
         "policies": [_json_of_outcome(study, outcome) for outcome in study.outcomes],
     }
     if study.label:

@@ -7,29 +7,34 @@ The first line says what it is::
 Every other line is about a model or a request, in any order; the last line about a model counts::
 
     {"model": "a", "size_bytes": 300000000, "load_s": 1.2, "host_load_s": 0.2}
+    {"model": "b", "size_bytes": 500000000, "load_s": 2, "places": [["cuda:0"], ["cuda:1"]]}
     {"t": 12.25, "model": "a", "wait_s": 1.3, "load_s": 1.2, "run_s": 0.05}
 
 ``t`` is the arrival in seconds, of any origin. Requests are written when they end, so a reader
 sorts them. ``wait_s`` is from the arrival to the start of the run, ``load_s`` how long the load
 took that the request waited for (0 if the model was there), ``run_s`` how long it ran. A model's
-``load_s`` may be left out: then the mean of what its requests say counts. A replay takes ``t``,
-``model`` and ``run_s``; waits and loads are what it finds out.
+``load_s`` may be left out: then the mean of what its requests say counts. Its ``places``, where
+alone it may be, each have the devices that it is on at once; without any it may be on any. A replay
+takes ``t``, ``model`` and ``run_s``; waits and loads are what it finds out.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 import numpy as np
 
+from modelyard_server.simulation.places import read_places
 from modelyard_server.simulation.text_lines import lines_of
 from modelyard_server.simulation.trace import (
     MOST_MODELS,
     MOST_REQUESTS,
+    PlaceNames,
     Table,
     Trace,
     TraceError,
@@ -40,7 +45,7 @@ __all__ = ["RECORD_VERSION", "RequestLogWriter", "read_request_log"]
 
 RECORD_VERSION: Final = 1
 _HEADER: Final = "modelyard_record"
-_MODEL_FIELDS: Final = ("model", "size_bytes", "load_s", "host_load_s")
+_MODEL_FIELDS: Final = ("model", "size_bytes", "load_s", "host_load_s", "places")
 _REQUEST_FIELDS: Final = ("t", "model", "wait_s", "load_s", "run_s")
 
 
@@ -62,14 +67,24 @@ class RequestLogWriter:
         size_bytes: int,
         load_s: float | None = None,
         host_load_s: float | None = None,
+        places: Sequence[Sequence[str]] = (),
     ) -> None:
-        """Write what a model is; again when it is known better."""
+        """Write what a model is; again when it is known better.
+
+        Args:
+            name: of the model.
+            size_bytes: what it holds.
+            load_s: seconds of a load from its files, if that is known.
+            host_load_s: the same from a copy in host memory.
+            places: where alone it may be, each as the names of the devices that it is on at once.
+        """
         self._write(
             {
                 "model": name,
                 "size_bytes": size_bytes,
                 **({} if load_s is None else {"load_s": load_s}),
                 **({} if host_load_s is None else {"host_load_s": host_load_s}),
+                **({"places": [list(place) for place in places]} if places else {}),
             }
         )
 
@@ -93,9 +108,10 @@ def read_request_log(path: Path) -> Trace:
         OSError: it cannot be read.
     """
     reader = _Reader(path.name)
-    for line, text in enumerate(lines_of(path), 1):
-        if text.strip():
-            reader.read(line, text)
+    with closing(lines_of(path)) as lines:
+        for line, text in enumerate(lines, 1):
+            if text.strip():
+                reader.read(line, text)
     return reader.trace(path.stem)
 
 
@@ -156,6 +172,7 @@ class _Reader:
             model=np.asarray([positions[request[2]] for request in requests], dtype=np.int64),
             run_s=np.asarray([request[4] for request in requests], dtype=np.float64),
             locate=locate,
+            place_names=[self._models[model][1].get("places", ()) for model in names],
         )
 
     def _load_s(self, model: str, measured: list[float]) -> float:
@@ -190,6 +207,8 @@ class _Reader:
         for field in ("load_s", "host_load_s"):
             if field in told:
                 _seconds(told, field, where)
+        if "places" in told:
+            told["places"] = _places(told["places"], where)
         if len(self._models) >= MOST_MODELS and name not in self._models:
             raise TraceError(f"{where}: at most {MOST_MODELS} models may be")
         self._models[name] = (line, told)
@@ -225,6 +244,16 @@ def _check_fields(
         )
     if missing := [field for field in needed if field not in told]:
         raise TraceError(f"{where}: field {missing[0]!r} is missing")
+
+
+def _places(told: object, where: str) -> PlaceNames:
+    if not isinstance(told, list) or not all(
+        isinstance(place, list) and all(isinstance(name, str) for name in place) for place in told
+    ):
+        raise TraceError(
+            f'{where}: places must be a list of lists of devices, such as [["cuda:0"], ["cuda:1"]]'
+        )
+    return read_places(told, where)
 
 
 def _name(told: dict[str, Any], where: str) -> str:

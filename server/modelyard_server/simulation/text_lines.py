@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Final
 
@@ -14,10 +14,11 @@ MOST_LINE: Final = 1 << 16
 """Characters of a line, its end included."""
 
 
-def lines_of(path: Path) -> Iterator[str]:
+def lines_of(path: Path) -> Generator[str]:
     """Yield the lines of a UTF-8 file with their ends, perhaps behind a byte order mark.
 
-    A line ends with LF, CR LF or CR. No more than one line is held, however long the file is.
+    A line ends with LF, CR LF or CR. No more than one line is held, however long the file is. Who
+    stops before the end closes it, and with it the file.
 
     Raises:
         TraceError: a line is longer than ``MOST_LINE`` characters, or not UTF-8; the text names it.

@@ -82,9 +82,10 @@ def replay_timed(
         progress: is told how many requests have arrived.
 
     Raises:
-        TraceError: a model is larger than every budget.
+        TraceError: a model is larger than every budget, or the trace is too long for the clock.
         SimulationError: a request got no answer, the core's audit failed, or it never ended.
     """
+    trace.check_countable()
     return _TimedReplay(trace, machine, policy, disturbances).run(progress)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "Floats",
     "Integers",
     "Locate",
+    "PlaceNames",
     "Table",
     "Trace",
     "TraceError",
@@ -32,12 +33,16 @@ Table = Literal["request", "model"]
 Locate = Callable[[Table, int], str]
 """Where in its file the request or model of an index stands, such as ``day.csv:17``."""
 
+PlaceNames = tuple[tuple[str, ...], ...]
+"""Places of a model, each as the names of the devices that it is on at once."""
+
 MOST_REQUESTS: Final = 20_000_000
 MOST_MODELS: Final = 100_000
 _MOST_ARRIVAL_S: Final = 1e11
 _MOST_DURATION_S: Final = 1e6
 _MOST_TOTAL_S: Final = 8e8
-"""Of a whole replay, disturbances included: the core counts nanoseconds in 63 bits."""
+"""Of a whole timed replay. The core counts nanoseconds in 63 bits, 9.2e9 s; disturbances make loads
+ten times as long, and a model that is kept as it leaves takes as long again as a load of its."""
 _MOST_NAME: Final = 256
 
 
@@ -59,6 +64,8 @@ class TracedModel:
             load channel of each, a run a slot of each.
         places: where alone it may be, each as the positions of the devices that it is on at once;
             without any, wherever it fits.
+        place_names: the same by names, as the trace has them; ``places.place_models`` finds the
+            positions.
     """
 
     name: str
@@ -68,6 +75,7 @@ class TracedModel:
     origin: str
     spans: int = 1
     places: tuple[tuple[int, ...], ...] = ()
+    place_names: PlaceNames = ()
 
     def parts(self, device_count: int) -> tuple[int, int]:
         """Return on how many of some devices it is at once, and the bytes that it takes of each."""
@@ -121,7 +129,7 @@ class Trace:
         return math.fsum(self.models[m].load_s for m in self.used())
 
     def check_fits(self, budgets: Sequence[int]) -> None:
-        """Check that every wanted model fits into the largest budgets.
+        """Check that every wanted model fits into the largest budgets, or those of its places.
 
         Raises:
             TraceError: one does not; the text says where it was read.
@@ -130,7 +138,9 @@ class Trace:
         for position in self.used():
             model = self.models[position]
             count, part_bytes = model.parts(len(budgets))
-            if part_bytes > largest[count - 1]:
+            if model.places:
+                _check_places(model, part_bytes, budgets)
+            elif part_bytes > largest[count - 1]:
                 what = f"{model.origin}: model {model.name!r} of {format_size(model.size_bytes)}"
                 budget = format_size(largest[count - 1])
                 if count == 1:
@@ -139,6 +149,23 @@ class Trace:
                     f"{what} takes {format_size(part_bytes)} of each of {count} devices, and "
                     f"fewer have a budget above {budget}"
                 )
+
+    def check_countable(self) -> None:
+        """Check that the clock of a timed replay can count as far as one could go.
+
+        A serial replay counts requests, and may be of any trace.
+
+        Raises:
+            TraceError: it cannot: with a load for each request, one after the other, it would take
+                more than 8e8 seconds of its own time.
+        """
+        longest_s = np.asarray([max(model.load_s, model.host_load_s) for model in self.models])
+        total_s = float(self.arrival_s[-1] + self.run_s.sum() + longest_s[self.model].sum())
+        if total_s > _MOST_TOTAL_S:
+            raise TraceError(
+                f"{self.name}: a timed replay could take {total_s:.3g} seconds of its own time: at "
+                f"most {_MOST_TOTAL_S:g} can be counted. Cut it with fewer requests"
+            )
 
 
 def make_trace(
@@ -152,6 +179,7 @@ def make_trace(
     model: Sequence[int] | Integers,
     run_s: Sequence[float] | Floats,
     locate: Locate,
+    place_names: Sequence[PlaceNames] | None = None,
 ) -> Trace:
     """Check what was read and make a trace of it; its time begins with the first request.
 
@@ -163,6 +191,11 @@ def make_trace(
         _model(names[i], size_bytes[i], load_s[i], host_load_s[i], locate("model", i))
         for i in range(len(names))
     )
+    if place_names is not None:
+        models = tuple(
+            replace(model, place_names=places, spans=len(places[0]) if places else 1)
+            for model, places in zip(models, place_names, strict=True)
+        )
     arrival = np.asarray(arrival_s, dtype=np.float64)
     which = np.asarray(model, dtype=np.int64)
     run = np.asarray(run_s, dtype=np.float64)
@@ -173,9 +206,7 @@ def make_trace(
     if len(models) > MOST_MODELS:
         raise TraceError(f"{name}: {len(models)} models: at most {MOST_MODELS} may be")
     _check_requests(arrival, which, run, len(models), locate)
-    trace = Trace(name=name, models=models, arrival_s=arrival - arrival[0], model=which, run_s=run)
-    _check_total(trace)
-    return trace
+    return Trace(name=name, models=models, arrival_s=arrival - arrival[0], model=which, run_s=run)
 
 
 def _model(name: str, size: int, load_s: float, host_load_s: float, origin: str) -> TracedModel:
@@ -197,6 +228,20 @@ def _model(name: str, size: int, load_s: float, host_load_s: float, origin: str)
     return TracedModel(
         name=name, size_bytes=size, load_s=load_s, host_load_s=host_load_s, origin=origin
     )
+
+
+def _check_places(model: TracedModel, part_bytes: int, budgets: Sequence[int]) -> None:
+    """Check that a model fits in one of its places."""
+    largest = max(min(budgets[device] for device in place) for place in model.places)
+    if part_bytes > largest:
+        named = model.place_names or tuple(
+            tuple(f"device {device}" for device in place) for place in model.places
+        )
+        raise TraceError(
+            f"{model.origin}: model {model.name!r} of {format_size(model.size_bytes)} takes "
+            f"{format_size(part_bytes)} of {' or '.join(' and '.join(place) for place in named)}: "
+            f"the budget there is {format_size(largest)}"
+        )
 
 
 def _told(number: int) -> str:
@@ -237,17 +282,3 @@ def _check(fine: NDArray[np.bool_], text: Callable[[int], str], locate: Locate) 
     if not fine.all():
         first = int(np.argmin(fine))
         raise TraceError(f"{locate('request', first)}: {text(first)}")
-
-
-def _check_total(trace: Trace) -> None:
-    most_load_s = max(trace.models[m].load_s for m in trace.used())
-    total_s = float(trace.arrival_s[-1] + trace.run_s.sum() + len(trace) * most_load_s)
-    if total_s > _MOST_TOTAL_S:
-        raise TraceError(
-            f"{trace.name}: a replay could take {total_s:.3g} seconds of its own time: at most "
-            f"{_MOST_TOTAL_S:g} can be counted. Cut it with fewer requests"
-        )
-    if trace.footprint_bytes() > _core.MAX_BYTES:
-        raise TraceError(
-            f"{trace.name}: all models together are larger than {_core.MAX_BYTES} bytes"
-        )

@@ -204,6 +204,54 @@ class TestGoodFiles:
         assert len(load_config(file).devices) == 1
 
 
+ELSEWHERE = (
+    CPU
+    + '[catalog]\nfile = "/nowhere/modelyard.db"\n[weights]\nstore = "nowhere/store"\n'
+    + '[roots]\nstore = "/nowhere/models"\n[models.a]\nruntime = "torch"\nroot = "store"\n'
+    + 'folder = "a"\n'
+)
+
+
+class TestOfAnotherMachine:
+    @pytest.fixture(autouse=True)
+    def no_file_system(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def looked(path: Path, *_: object, **__: object) -> bool:
+            raise AssertionError(f"somebody looked at {path}")
+
+        for name in ("exists", "is_dir", "is_file", "resolve", "stat", "lstat"):
+            monkeypatch.setattr(Path, name, looked)
+
+    def test_no_file_system_is_looked_at(self) -> None:
+        base = Path("/somewhere")
+        with pytest.raises(AssertionError, match="somebody looked at /nowhere"):
+            parse_config(ELSEWHERE, base=base)
+        config = parse_config(ELSEWHERE, base=base, check_paths=False)
+        assert config.roots == {"store": Path("/nowhere/models")}
+        assert config.catalog.path == Path("/nowhere/modelyard.db")
+        assert config.weights.store == Path("/somewhere/nowhere/store")
+        assert [model.folder for model in config.models] == ["a"]
+
+    def test_all_else_is_checked(self) -> None:
+        text = (
+            CPU + "[catalog]\nfile = 1\n[weights]\nstore = '~/store'\n"
+            "[roots]\nstore = 's3://bucket'\nother = ''\n"
+            '[models.a]\nruntime = "torch"\nroot = "none"\nfolder = "../a"\n'
+            "[yard]\npolicy = 'none'\ncolour = 1\n"
+        )
+        with pytest.raises(ConfigError) as caught:
+            parse_config(text, base=Path("/somewhere"), check_paths=False)
+        assert {problem.key for problem in caught.value.problems} == {
+            "catalog.file",
+            "weights.store",
+            "roots.store",
+            "roots.other",
+            "models.a.root",
+            "models.a.folder",
+            "yard.policy",
+            "yard.colour",
+        }
+
+
 class TestSyntax:
     @pytest.mark.parametrize(
         ("text", "line"),
