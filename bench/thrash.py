@@ -162,19 +162,23 @@ def _loads(run: Run) -> dict[str, Any]:
     for path in missing:
         run.notes.append(f"[bold]missing: {path}[/bold]: the figures of loads are without it")
     # What takes longest is at the front, so that no process is left with it in the end.
-    found = load_instances([*family_jobs(), *jobs], run.tell, run.processes)
+    found, skipped = load_instances([*family_jobs(), *jobs], run.tell, run.processes)
+    for text in skipped:
+        run.notes.append(f"[bold]skipped: {text}[/bold]: the figures of loads are without it")
     console.print(load_table(found))
     run.plot("loads", lambda path: plot_loads(found, path))
     figures: dict[str, Any] = loads_summary([one for _, one in found])
     for job, one in found:
-        seed = "" if job.seed is None else f"_{job.seed}"
-        figures[f"load_{job.name}_{job.share:g}{seed}_vs_bound"] = round(one.vs_bound, 4)
-        figures[f"load_{job.name}_{job.share:g}{seed}_vs_lru"] = round(one.vs_lru, 4)
-    if jobs:
-        of_traces = loads_summary([one for job, one in found if job.path is not None])
+        which = "" if job.seed is None else f"_{job.seed}"
+        which += "" if job.devices == 1 else f"_d{job.devices}"
+        figures[f"load_{job.name}_{job.share:g}{which}_vs_bound"] = round(one.vs_bound, 4)
+        figures[f"load_{job.name}_{job.share:g}{which}_vs_lru"] = round(one.vs_lru, 4)
+    if replayed := [one for job, one in found if job.path is not None]:
+        of_traces = loads_summary(replayed)
         figures["traces_geomean_vs_bound"] = of_traces["geomean_vs_bound"]
         figures["traces_worst_vs_lru"] = of_traces["worst_vs_lru"]
     figures["traces_missing"] = len(missing)
+    figures["traces_skipped"] = len(skipped)
     return figures
 
 

@@ -23,10 +23,10 @@ from modelyard_server.simulation.families import family_trace
 from modelyard_server.simulation.machine import Machine
 from modelyard_server.simulation.offline import best_offline_s
 from modelyard_server.simulation.serial_replay import replay_serially
-from modelyard_server.simulation.trace import Trace
+from modelyard_server.simulation.trace import Trace, TraceError
 from modelyard_server.simulation.trace_files import read_trace
 
-__all__ = ["Job", "family_jobs", "load_instances", "load_table", "trace_jobs"]
+__all__ = ["Job", "family_jobs", "load_instance", "load_instances", "load_table", "trace_jobs"]
 
 FAMILIES: Final = (
     "zipf:0.6",
@@ -57,6 +57,7 @@ class Job:
         path: of the file; None for a family.
         requests: the first how many, of a file.
         bound_s: if it is known.
+        devices: among how many equal ones the budget is shared out.
     """
 
     name: str
@@ -65,6 +66,12 @@ class Job:
     path: Path | None = None
     requests: int = 0
     bound_s: float | None = None
+    devices: int = 1
+
+    @property
+    def title(self) -> str:
+        """Its name, and on how many devices if there are several."""
+        return self.name if self.devices == 1 else f"{self.name} on {self.devices} devices"
 
     @property
     def is_loop(self) -> bool:
@@ -79,7 +86,11 @@ class Job:
 
 
 def trace_jobs(folder: Path) -> tuple[list[Job], list[str]]:
-    """The traces of a folder at each budget of its bounds.json, and what is missing there."""
+    """The traces of a folder at each budget of its bounds.json, and what is missing there.
+
+    An entry that is for several devices (``devices``) is replayed on so many equal ones that have
+    its budget together.
+    """
     path = folder / "bounds.json"
     if not path.is_file():
         return [], [str(path)]
@@ -98,6 +109,7 @@ def trace_jobs(folder: Path) -> tuple[list[Job], list[str]]:
                 path=file,
                 requests=entry["requests"],
                 bound_s=entry["lower_bound_s"],
+                devices=entry.get("devices", 1),
             )
         )
     return jobs, list(missing)
@@ -116,23 +128,36 @@ def family_jobs(seeds: Sequence[int] = SEEDS) -> list[Job]:
 
 def load_instances(
     jobs: Sequence[Job], tell: Callable[[str], None], processes: int = 2
-) -> list[tuple[Job, LoadInstance]]:
-    """Replay jobs, several at a time."""
-    found = []
+) -> tuple[list[tuple[Job, LoadInstance]], list[str]]:
+    """Replay jobs, several at a time; return also which could not be, each with the reason."""
+    found: list[tuple[Job, LoadInstance]] = []
+    skipped: list[str] = []
     with ProcessPoolExecutor(processes) as pool:
-        for job, instance in zip(jobs, pool.map(_instance, jobs), strict=True):
-            found.append((job, instance))
-            tell(
-                f"{len(found)} of {len(jobs)}: {job.name} at {job.share:g}: "
-                f"{instance.vs_bound:.3f} x bound, {instance.vs_lru:.3f} x LRU"
-            )
-    return found
+        for job, came in zip(jobs, pool.map(load_instance, jobs), strict=True):
+            begin = f"{len(found) + len(skipped) + 1} of {len(jobs)}:"
+            if isinstance(came, str):
+                skipped.append(f"{job.title} at {job.share:g}: {came}")
+                tell(f"{begin} skipped {skipped[-1]}")
+            else:
+                found.append((job, came))
+                tell(
+                    f"{begin} {job.title} at {job.share:g}: "
+                    f"{came.vs_bound:.3f} x bound, {came.vs_lru:.3f} x LRU"
+                )
+    return found, skipped
 
 
-def _instance(job: Job) -> LoadInstance:
+def load_instance(job: Job) -> LoadInstance | str:
+    """Replay a job; return why if its devices cannot have its trace."""
+    if type(job.devices) is not int or job.devices < 1:
+        return f"its devices are {job.devices!r}: a whole number must be there"
     trace = job.trace()
     budget = int(job.share * trace.footprint_bytes())
-    machine = Machine(budgets=(budget,))
+    try:
+        machine = Machine(budgets=(budget // job.devices,) * job.devices)
+        trace.check_fits(machine.budgets)
+    except (TraceError, ValueError) as error:
+        return str(error)
     bound_s = job.bound_s
     best_s: float | None = None
     if bound_s is None:
@@ -142,7 +167,7 @@ def _instance(job: Job) -> LoadInstance:
             # The bound lets parts of models be kept: how near to it can anybody come?
             best_s = best_offline_s(trace, machine.budgets, found.kept)
     return LoadInstance(
-        name=job.name,
+        name=job.title,
         share=job.share,
         is_loop=job.is_loop,
         load_s=replay_serially(trace, machine, _core.POLICIES[0]).load_s,

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 from bench.thrash import OF_PART, PARTS, show, unmeasured
 from bench.thrash_asking import refusal_facts, zipf_draws
@@ -29,7 +30,7 @@ from bench.thrash_figures import (
     passed_by,
     recovery_s,
 )
-from bench.thrash_loads import family_jobs, trace_jobs
+from bench.thrash_loads import family_jobs, load_instance, trace_jobs
 from bench.thrash_overload import long_texts
 from bench.thrash_rates import (
     PRODUCT,
@@ -44,7 +45,9 @@ from bench.thrash_rates import (
 )
 from google.rpc import error_details_pb2, status_pb2
 
-from modelyard_server.simulation.machine import places_of
+from modelyard_server.simulation.machine import Machine, places_of
+from modelyard_server.simulation.serial_replay import replay_serially
+from modelyard_server.simulation.trace_files import read_trace
 
 NEEDED = {
     "geomean_vs_bound",
@@ -234,6 +237,40 @@ class TestLoads:
             ("here", 0.1, 3.5),
             ("here", 0.2, 3.5),
         ]
+
+    def test_an_entry_for_several_devices_is_replayed_on_so_many(self, tmp_path: Path) -> None:
+        wanted = np.random.default_rng(7).integers(0, 6, 400)
+        sizes = np.array([10, 10, 10, 20, 20, 30])
+        np.savez(
+            tmp_path / "six.npz",
+            t=np.arange(400.0),
+            k=wanted,
+            e=np.zeros(400),
+            size_mb=sizes,
+            cost_disk=sizes / 10,
+            cost_host=sizes / 10,
+        )
+        entry = {"trace": "six", "budget_share": 0.6, "requests": 400, "lower_bound_s": 1.0}
+        told = [1, 2, 3, 17, 0, "two"]
+        (tmp_path / "bounds.json").write_text(
+            json.dumps([entry, *({**entry, "devices": devices} for devices in told)])
+        )
+        jobs, _ = trace_jobs(tmp_path)
+        trace = read_trace(tmp_path / "six.npz")
+        unsaid, one, two, *none = map(load_instance, jobs)
+        assert isinstance(one, LoadInstance) and isinstance(two, LoadInstance)
+        assert unsaid == one
+        assert (one.name, two.name) == ("six", "six on 2 devices")
+        for instance, budgets in ((one, (60 << 20,)), (two, (30 << 20,) * 2)):
+            found = replay_serially(trace, Machine(budgets=budgets), "lru")
+            assert instance.lru_s == pytest.approx(found.load_s)
+        assert one.lru_s != two.lru_s
+        for reason, text in zip(
+            none,
+            ("is larger than the largest budget", "1 to 16 devices", "are 0: a", "are 'two': a"),
+            strict=True,
+        ):
+            assert isinstance(reason, str) and text in reason
 
     def test_loops_are_slightly_over_capacity_and_nothing_else_is_a_loop(self) -> None:
         jobs = family_jobs()

@@ -219,11 +219,11 @@ class TestHeartbeat:
         engine = SimpleNamespace(pids={"models-a": 11, "models-b": 12, "files": 13, "zygote": 14})
         file = tmp_path / "report.pids"
         task = asyncio.create_task(beat(engine, report, file))
-        await eventually("a first beat", file.exists, 30)
+        await eventually("a first beat", file.exists)
         begin = time.monotonic()
         time.sleep(0.03)  # noqa: ASYNC251 - what is to be seen
         beats = report.beats
-        await eventually("the next beat", lambda: report.beats > beats, 30)
+        await eventually("the next beat", lambda: report.beats > beats)
         end = time.monotonic()
         task.cancel()
         assert longest_gap_ms(report.gaps, [(begin, end)]) >= 29
@@ -233,7 +233,7 @@ class TestHeartbeat:
     async def test_an_engine_without_workers_is_the_server_itself(self, tmp_path: Path) -> None:
         report = ServerReport()
         task = asyncio.create_task(beat(SimpleNamespace(), report, tmp_path / "report.pids"))
-        await eventually("a first beat", (tmp_path / "report.pids").exists, 30)
+        await eventually("a first beat", (tmp_path / "report.pids").exists)
         task.cancel()
         assert report.engine_kind == "thread"
         assert worker_pids(tmp_path / "report.json") == (os.getpid(),)
