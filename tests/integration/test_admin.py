@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 from tests.support import faulty_models, tiny_models
 from tests.support.config_text import ALLOWED, CPU, ROOTS, device_table, model_table
-from tests.support.server import RunningApp, eventually, refusal_of, running_app
+from tests.support.server import (
+    RunningApp,
+    eventually,
+    refusal_of,
+    running_app,
+    told_refusal_of,
+)
 
 from modelyard import (
     Admin,
@@ -488,7 +494,7 @@ async def test_pinned_models_stay(tmp_path: Path) -> None:
         kept = await yard.becomes("kept", RESIDENT)
         assert kept.pinned
         await yard.client.predict("small", X)
-        error = await refusal_of(yard.client.predict("large", X, timeout_s=2))
+        error = await refusal_of(yard.client.predict("large", X))
         assert isinstance(error, BudgetExhausted)
         assert error.device == "devices/cpu"
         assert error.needed_bytes == 600
@@ -533,7 +539,7 @@ async def test_an_unload_that_takes_too_long_goes_on(tmp_path: Path) -> None:
         with faulty_models.closed_gate(tmp_path / "gate") as gate:
             runs = asyncio.create_task(yard.client.predict("stuck", X))
             await eventually("the model runs", gate.is_waited_at)
-            error = await refusal_of(yard.admin(Admin.unload, "stuck", timeout_s=0.3))
+            error = await told_refusal_of(lambda: yard.admin(Admin.unload, "stuck", timeout_s=0.3))
             assert error.reason == "DEADLINE_IN_QUEUE"
             assert (await yard.residency("stuck")).state is ResidencyState.DRAINING
             # Who comes now waits, and has it loaded again.

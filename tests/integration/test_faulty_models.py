@@ -130,7 +130,7 @@ async def test_a_constructor_that_hangs_at_registration_keeps_no_other_model_fro
             )
             await eventually("the registration is stuck", gate.is_waited_at)
             try:
-                assert (await yard.client.predict("cold", X, timeout_s=2)).served.cold
+                assert (await yard.client.predict("cold", X)).served.cold
             finally:
                 gate.open()
                 await creation

@@ -13,7 +13,13 @@ import pytest
 from google.protobuf import field_mask_pb2
 from tests.support import faulty_models
 from tests.support.config_text import ALLOWED, CPU, ROOTS, device_table, model_table
-from tests.support.server import RunningApp, eventually, refusal_of, running_app
+from tests.support.server import (
+    RunningApp,
+    eventually,
+    refusal_of,
+    running_app,
+    told_refusal_of,
+)
 
 from modelyard import (
     Admin,
@@ -324,7 +330,9 @@ async def test_an_update_that_is_not_loaded_in_time_leaves_the_old_one_serving(
     stuck = torch_model("StuckInLoad", "v2", gate=tmp_path / "gate")
     await yard.admin(Admin.update_model, "m", validate_only=True, **stuck)
     with faulty_models.closed_gate(tmp_path / "gate"):
-        error = await refusal_of(yard.admin(Admin.update_model, "m", timeout_s=1, **stuck))
+        error = await told_refusal_of(
+            lambda: yard.admin(Admin.update_model, "m", timeout_s=1, **stuck)
+        )
         assert error.reason == "DEADLINE_IN_LOAD"
         assert not (await yard.client.predict("m", X)).served.cold
         assert await registered(yard) == before

@@ -297,10 +297,19 @@ async def test_a_client_that_leaves_leaves_nothing_behind(
 async def test_a_streams_deadline_bounds_its_requests(
     app: ServedApp, channel: grpc.aio.Channel
 ) -> None:
-    call = stream_of(channel, timeout=1.0)
     with closed_gate(app.base / "gate"):
-        await call.write(message(1, id="late", name="stuck"))
-        answer = await call.read()
+        for _ in range(10):
+            call = stream_of(channel, timeout=1.0)
+            await call.write(message(1, id="late", name="stuck"))
+            try:
+                answer = await call.read()
+            except grpc.aio.AioRpcError as error:
+                # On a busy machine the client's own clock may be first: once more.
+                assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            else:
+                break
+        else:
+            raise AssertionError("the client's own clock was always first")
         assert "deadline" in answer.error_message
         assert answer.infer_response.id == "late"
     await call.done_writing()

@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tests.support import faulty_models, tiny_models
+from tests.support.bare_calls import PREDICT, X_TENSOR, request_of, send_refused
 from tests.support.config_text import ALLOWED, CPU, ROOTS, device_table, model_table
 from tests.support.server import RunningApp, eventually, refusal_of, running_app
 
@@ -214,7 +215,9 @@ async def test_the_first_request_is_cold_and_the_next_a_hit(tmp_path: Path) -> N
     config = CPU + model_table("echo", "identity", options={"size_bytes": 1_000_000})
     async with running_app(config, tmp_path) as yard:
         first = (await yard.client.predict("echo", "a")).served
+        began = asyncio.get_running_loop().time()
         second = (await yard.client.predict("echo", "a")).served
+        took_s = asyncio.get_running_loop().time() - began
         assert first.model == second.model == "models/echo"
         assert first.device == second.device == "devices/cpu"
         assert first.cold
@@ -222,8 +225,8 @@ async def test_the_first_request_is_cold_and_the_next_a_hit(tmp_path: Path) -> N
         assert 0 < first.load_s <= first.wait_s + 0.001
         assert not second.cold
         assert second.load_s is None
-        assert second.wait_s < 0.1
         assert second.run_s > 0
+        assert second.wait_s + second.run_s <= took_s
         stats = await yard.admin(Admin.stats)
         assert (stats.answered_count, stats.cold_count, stats.hit_count) == (2, 1, 1)
 
@@ -353,6 +356,10 @@ async def test_many_requests_for_one_cold_model_are_one_load(tmp_path: Path) -> 
         assert stats.cold_count + stats.hit_count == 50
 
 
+HASTY = "[server]\ndefault_deadline_s = 0.5\n"
+"""For calls without a deadline: who has one may hear of its end from the own clock first."""
+
+
 def stuck_config(folder: Path, extra: str = "") -> str:
     """A model that is resident soon, and one whose load waits at a gate."""
     faulty_models.make_weights(folder / "store" / "quick", value=2.0)
@@ -387,23 +394,25 @@ async def test_hits_are_answered_while_a_load_is_stuck(tmp_path: Path) -> None:
         with faulty_models.closed_gate(tmp_path / "gate") as gate:
             await loading(yard, gate)
             for _ in range(20):
-                quick = await yard.client.predict("quick", X, timeout_s=5)
-                echo = await yard.client.predict("echo", X, timeout_s=5)
+                quick = await yard.client.predict("quick", X)
+                echo = await yard.client.predict("echo", X)
                 assert not quick.served.cold
                 assert not echo.served.cold
                 np.testing.assert_array_equal(quick.only, X + 2)
             assert gate.is_waited_at()
-            await yard.admin(Admin.stats, timeout_s=5)
+            await yard.admin(Admin.stats)
         prediction = await yard.client.predict("stuck", X)
         np.testing.assert_array_equal(prediction.only, X + 3)
 
 
 async def test_a_load_outlives_the_deadline_of_its_request_and_is_used(tmp_path: Path) -> None:
-    async with running_app(stuck_config(tmp_path), tmp_path) as yard:
+    async with running_app(HASTY + stuck_config(tmp_path), tmp_path) as yard:
         with faulty_models.closed_gate(tmp_path / "gate") as gate:
-            refusal = await refusal_of(yard.client.predict("stuck", X, timeout_s=0.5))
-            assert refusal.reason == "DEADLINE_IN_LOAD"
-            assert gate.is_waited_at()
+            refused = await send_refused(
+                yard, PREDICT, request_of("stuck", X_TENSOR), timeout_s=None
+            )
+            assert refused.reason == "DEADLINE_IN_LOAD"
+            await eventually("the load is stuck", gate.is_waited_at)
             residency = await yard.residency("stuck")
             assert residency.state is ResidencyState.LOADING
             assert residency.waiting_request_count == 0
@@ -415,11 +424,13 @@ async def test_a_load_outlives_the_deadline_of_its_request_and_is_used(tmp_path:
 
 
 async def test_a_request_behind_a_stuck_load_runs_out_of_time_in_the_queue(tmp_path: Path) -> None:
-    async with running_app(stuck_config(tmp_path), tmp_path) as yard:
+    async with running_app(HASTY + stuck_config(tmp_path), tmp_path) as yard:
         with faulty_models.closed_gate(tmp_path / "gate") as gate:
             await loading(yard, gate)
-            refusal = await refusal_of(yard.client.predict("quick", X, timeout_s=0.3))
-            assert refusal.reason == "DEADLINE_IN_QUEUE"
+            refused = await send_refused(
+                yard, PREDICT, request_of("quick", X_TENSOR), timeout_s=None
+            )
+            assert refused.reason == "DEADLINE_IN_QUEUE"
         prediction = await yard.client.predict("quick", X)
         np.testing.assert_array_equal(prediction.only, X + 2)
 
@@ -430,6 +441,6 @@ async def test_loads_of_other_devices_do_not_wait_for_a_stuck_one(tmp_path: Path
     async with running_app(stuck_config(tmp_path, other), tmp_path) as yard:
         with faulty_models.closed_gate(tmp_path / "gate") as gate:
             await loading(yard, gate)
-            prediction = await yard.client.predict("away", X, timeout_s=5)
+            prediction = await yard.client.predict("away", X)
             assert prediction.served.cold
             assert gate.is_waited_at()

@@ -234,7 +234,7 @@ async def test_a_worker_that_dies_takes_nothing_along_but_what_ran(tmp_path: Pat
     async with running_app(with_engine("process", config), tmp_path) as yard:
         with faulty_models.closed_gate(tmp_path / "gate") as gate:
             call = asyncio.create_task(yard.client.predict_batch([("stuck", X)] * 300))
-            await eventually("the model runs", gate.is_waited_at, 30)
+            await eventually("the model runs", gate.is_waited_at)
             (pid,) = {
                 pid for name, pid in yard.app.engine.pids.items() if name.startswith("models")
             }

@@ -27,7 +27,7 @@ from modelyard.v1 import (
 )
 
 X = np.ones(3, np.float32)
-PATIENCE_S = 20
+PATIENCE_S = 60
 LONG_S = 300
 """A grace that no test waits for."""
 

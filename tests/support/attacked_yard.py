@@ -64,7 +64,7 @@ BUDGET = 300_000_000
 """Of each of the two devices."""
 NEAR, FAR = "near", "far"
 """Neighbours of whatever is attacked: on its device cuda:0, and on another."""
-PATIENCE_S = 30.0
+PATIENCE_S = 60
 MODELS = "models-near"
 """The worker of what is attacked and of NEAR; FAR is in another."""
 _VALUES = {NEAR: 2.0, FAR: 3.0}

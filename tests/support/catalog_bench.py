@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _HOST_BYTES = 1_000_000
 _ROUNDS = 200
-_PATIENCE_S = 30
+_PATIENCE_S = 60
 _POLL_S = 0.001
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["Answer", "frame", "frames_of", "post", "trailers_of"]
 
-_PATIENCE_S = 20
+_PATIENCE_S = 60
 TRAILERS = 0x80
 END_OF_STREAM = 0x02
 

@@ -39,7 +39,7 @@ __all__ = [
     "toy_devices",
 ]
 
-PATIENCE_S = 10
+PATIENCE_S = 60
 INPUT = TensorValue(name="x", dtype=DType.UINT8, shape=(3,), data=b"abc")
 
 

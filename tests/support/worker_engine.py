@@ -35,7 +35,7 @@ __all__ = [
     "until",
 ]
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60
 INPUT = TensorValue(name="x", dtype=DType.UINT8, shape=(3,), data=b"abc")
 SOURCE = RuntimeSource(maker=MAKER)
 

@@ -25,7 +25,7 @@ from modelyard_server.runtimes.api import (
 from modelyard_server.runtimes.targets import Target
 from modelyard_server.runtimes.tensors import TensorValue
 
-PATIENCE_S = 10
+PATIENCE_S = 60
 ENCODER = {"a": 60, "b": 40}
 
 

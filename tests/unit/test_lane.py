@@ -14,7 +14,7 @@ import pytest
 
 from modelyard_server.execution.lane import Lane, LaneJob
 
-PATIENCE_S = 10
+PATIENCE_S = 60
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ class Stream:
         self.task = task
 
     async def ended(self) -> StatusReply | None:
-        return await asyncio.wait_for(self.task, 10)
+        return await asyncio.wait_for(self.task, 60)
 
 
 @asynccontextmanager

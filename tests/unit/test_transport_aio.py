@@ -20,7 +20,7 @@ from modelyard_server.services.status import defect_reply, reply_of
 from modelyard_server.transport.aio import AioTransport, PortInUse
 from modelyard_server.transport.api import Call, Handler, StatusReply
 
-PATIENCE_S = 10
+PATIENCE_S = 60
 MOST_BYTES = 64 * 1024
 SERVICE = "test.Service"
 

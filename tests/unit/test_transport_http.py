@@ -26,7 +26,7 @@ from modelyard_server.transport.http import HttpTransport
 
 MOST_BYTES = 64 * 1024
 PAGE = "http://localhost:3000"
-PATIENCE_S = 10
+PATIENCE_S = 60
 PREDICT = "/test.Service/Predict"
 WATCH = "/test.Service/Watch"
 PROTO = "application/proto"

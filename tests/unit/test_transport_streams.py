@@ -30,7 +30,7 @@ from modelyard_server.transport.api import (
     Streaming,
 )
 
-PATIENCE_S = 10
+PATIENCE_S = 60
 LONG_S = 300
 """A grace that no test waits for."""
 SERVICE = "test.Service"

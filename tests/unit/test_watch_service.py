@@ -28,7 +28,7 @@ from modelyard_server.transport.api import Call
 BUDGET = 250
 NOON = datetime(2030, 1, 2, 12, 3, 4, tzinfo=UTC)
 CALL = Call(b"", lambda: None, None)
-PATIENCE_S = 5
+PATIENCE_S = 60
 
 COLD = residency_pb2.RESIDENCY_STATE_COLD
 LOADING = residency_pb2.RESIDENCY_STATE_LOADING
