@@ -161,6 +161,7 @@ async def test_configurations_of_the_impossible_are_refused_before_anything_is_b
         # Whatever the library needs for its first model is not the fault of those to come.
         await under.create_text("good")
         await under.client.predict("good", "the dog")
+        await under.has_warm_zygote()
         ledger, pids = await under.ledger(), dict(under.engine.pids)
 
         async def attack() -> None:

@@ -192,6 +192,15 @@ class Attacked:
 
         return int(await eventually(f"there is another worker {worker}", pid, PATIENCE_S))
 
+    async def has_warm_zygote(self) -> None:
+        """Waits until the zygote has imported what was asked of it.
+
+        It forks nobody before: so there is another worker of files once it has.
+        """
+        old = self.pid("files")
+        os.kill(old, signal.SIGKILL)
+        await self.has_another("files", old)
+
     async def recovers(self, name: str, value: float) -> None:
         """Waits until a model answers, and right."""
 
